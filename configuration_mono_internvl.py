@@ -1,0 +1,236 @@
+"""Configuration of Mono-InternVL: one decoder that sees and writes, described on one screen.
+
+`text_config`    the decoder: InternLM2's dimensions, RoPE, and whether attention has visual experts too (1.5)
+`vision_config`  the visual embedding: 14-px patches of a tile -> one visual token per 28 x 28 px (paper 2410.08202, sec. 3.1)
+`image_token_id` the placeholder in `input_ids` that stands for one visual token
+
+Every value is checked here, once; nothing downstream checks again. The official Hub layout (`model_type: internvl_chat`
+with an `llm_config`) is understood on the way in; what this model does not know in it is ignored.
+"""
+
+from typing import Any
+
+from transformers.configuration_utils import PreTrainedConfig
+
+
+VISUAL_ATTENTION_EXPERTS = ("none", "qkv", "qkvo")
+# One visual token covers 2 x 2 of the 14-px patches of the released model.
+PATCHES_PER_TOKEN_SIDE = 2
+
+
+class MonoInternVLVisionConfig(PreTrainedConfig):
+    """The visual embedding.
+
+    Args:
+        hidden_size: channels of one small patch before four of them become one visual token.
+        patch_size: side of a small patch in pixels; a visual token covers twice that (28 px).
+        image_size: side of a square tile in pixels, a multiple of `2 * patch_size`; the size of the position table.
+        image_mean, image_std: per channel, of pixels in 0..1; applied in `forward` to uint8 pixels only.
+    """
+
+    model_type = "mono_internvl_vision"
+    base_config_key = "vision_config"
+
+    hidden_size: int = 1024
+    patch_size: int = 14
+    image_size: int = 448
+    num_channels: int = 3
+    initializer_range: float = 0.02
+    image_mean: list[float] | tuple[float, ...] = (0.485, 0.456, 0.406)
+    image_std: list[float] | tuple[float, ...] = (0.229, 0.224, 0.225)
+
+    def __post_init__(self, **kwargs: Any):
+        token_side = PATCHES_PER_TOKEN_SIDE * self.patch_size
+        if self.hidden_size < 1 or self.patch_size < 1 or self.num_channels != 3:
+            raise ValueError(
+                f"vision_config: hidden_size={self.hidden_size} and patch_size={self.patch_size} must be positive, "
+                f"num_channels={self.num_channels} must be 3"
+            )
+        if self.image_size < token_side or self.image_size % token_side:
+            raise ValueError(f"vision_config: image_size={self.image_size} must be a positive multiple of {token_side}")
+        self.image_mean, self.image_std = list(self.image_mean), list(self.image_std)
+        super().__post_init__(**kwargs)
+
+    @property
+    def token_size(self) -> int:
+        """Side in pixels of the square that one visual token covers."""
+        return PATCHES_PER_TOKEN_SIDE * self.patch_size
+
+    @property
+    def tokens_per_tile(self) -> int:
+        """Visual tokens of one tile of `image_size`."""
+        return (self.image_size // self.token_size) ** 2
+
+
+class MonoInternVLTextConfig(PreTrainedConfig):
+    """The decoder: InternLM2's shape (arXiv 2403.17297) with a second feed-forward expert per layer.
+
+    Args:
+        visual_attention_experts: which attention projections visual tokens have of their own (Mono-InternVL-1.5):
+            `none` (v1), `qkv` or `qkvo`.
+        drop_path_rate: stochastic depth of the residual branches while training, growing linearly with depth.
+        rope_parameters: `{"rope_type": "default" | "dynamic", "rope_theta": float, "factor": float}`; older files'
+            `rope_theta` and `rope_scaling` (null or dynamic) are folded into it.
+    """
+
+    model_type = "mono_internvl_text"
+    base_config_key = "text_config"
+    keys_to_ignore_at_inference = ["past_key_values"]
+    default_theta = 1_000_000.0
+    base_model_tp_plan = {
+        "layers.*.self_attn.q_proj": "colwise",
+        "layers.*.self_attn.k_proj": "colwise",
+        "layers.*.self_attn.v_proj": "colwise",
+        "layers.*.self_attn.o_proj": "rowwise",
+        "layers.*.self_attn.visual_q_proj": "colwise",
+        "layers.*.self_attn.visual_k_proj": "colwise",
+        "layers.*.self_attn.visual_v_proj": "colwise",
+        "layers.*.self_attn.visual_o_proj": "rowwise",
+        "layers.*.mlp.gate_proj": "colwise",
+        "layers.*.mlp.up_proj": "colwise",
+        "layers.*.mlp.down_proj": "rowwise",
+        "layers.*.visual_mlp.gate_proj": "colwise",
+        "layers.*.visual_mlp.up_proj": "colwise",
+        "layers.*.visual_mlp.down_proj": "rowwise",
+    }
+
+    vocab_size: int = 92553
+    hidden_size: int = 2048
+    intermediate_size: int = 8192
+    num_hidden_layers: int = 24
+    num_attention_heads: int = 16
+    num_key_value_heads: int | None = None
+    head_dim: int | None = None
+    hidden_act: str = "silu"
+    max_position_embeddings: int = 32768
+    initializer_range: float = 0.02
+    rms_norm_eps: float = 1e-5
+    use_cache: bool = True
+    pad_token_id: int | None = 2
+    bos_token_id: int | None = 1
+    eos_token_id: int | list[int] | None = 2
+    tie_word_embeddings: bool = False
+    rope_parameters: dict | None = None
+    attention_bias: bool = False
+    attention_dropout: float | int = 0.0
+    drop_path_rate: float | int = 0.0
+    visual_attention_experts: str = "none"
+
+    def __post_init__(self, **kwargs: Any):
+        # InternLM2's own name for it; a pinned attention backend would overrule the caller's.
+        self.attention_bias = kwargs.pop("bias", self.attention_bias)
+        kwargs.pop("attn_implementation", None)
+        if self.num_key_value_heads is None:
+            self.num_key_value_heads = self.num_attention_heads
+        if self.hidden_size % self.num_attention_heads and self.head_dim is None:
+            raise ValueError(
+                f"text_config: hidden_size={self.hidden_size} must be a multiple of "
+                f"num_attention_heads={self.num_attention_heads}, or head_dim must be given"
+            )
+        if self.head_dim is None:
+            self.head_dim = self.hidden_size // self.num_attention_heads
+        if self.num_attention_heads % self.num_key_value_heads:
+            raise ValueError(
+                f"text_config: num_attention_heads={self.num_attention_heads} must be a multiple of "
+                f"num_key_value_heads={self.num_key_value_heads}"
+            )
+        if self.visual_attention_experts not in VISUAL_ATTENTION_EXPERTS:
+            raise ValueError(
+                f"visual_attention_experts={self.visual_attention_experts!r} must be one of "
+                f"{', '.join(VISUAL_ATTENTION_EXPERTS)}"
+            )
+        if not 0.0 <= self.drop_path_rate < 1.0:
+            raise ValueError(f"text_config: drop_path_rate={self.drop_path_rate} must be in [0, 1)")
+        super().__post_init__(**kwargs)
+        rope_type = (self.rope_parameters or {}).get("rope_type", "default")
+        if rope_type not in ("default", "dynamic"):
+            raise ValueError(f"text_config: rope type {rope_type!r} is not known; allowed are default and dynamic")
+
+
+def _only_fields(values: dict[str, Any], config_class: type[PreTrainedConfig], extra: tuple[str, ...] = ()) -> dict:
+    """The entries of an official sub-config that `config_class` (or `extra`) knows."""
+    known = {name for name in config_class.__annotations__ if not name.startswith("_")}
+    return {name: value for name, value in values.items() if name in known or name in extra}
+
+
+class MonoInternVLConfig(PreTrainedConfig):
+    """Mono-InternVL: `text_config` and `vision_config` (dicts or objects) and what joins them.
+
+    Args:
+        image_token_id: the id of `<IMG_CONTEXT>` in `input_ids`; `<img>` and `</img>` are the two ids before it.
+        visual_attention_experts: see `MonoInternVLTextConfig`, where it is kept; may be given here or there.
+
+    Raises:
+        ValueError: naming the value and what is allowed.
+    """
+
+    model_type = "mono_internvl"
+    sub_configs = {"text_config": MonoInternVLTextConfig, "vision_config": MonoInternVLVisionConfig}
+    keys_to_ignore_at_inference = ["past_key_values"]
+
+    text_config: dict | PreTrainedConfig | None = None
+    vision_config: dict | PreTrainedConfig | None = None
+    image_token_id: int = 92546
+    visual_attention_experts: str | None = None
+    tie_word_embeddings: bool = False
+
+    def __post_init__(self, **kwargs: Any):
+        # `model_type` of an official file would hide the class attribute, and its `auto_map` name code that is not ours.
+        kwargs.pop("model_type", None)
+        if "llm_config" in kwargs:
+            kwargs = self._read_official(kwargs)
+
+        for name, config_class in self.sub_configs.items():
+            value = getattr(self, name)
+            if value is None:
+                setattr(self, name, config_class())
+            elif isinstance(value, dict):
+                setattr(self, name, config_class(**{key: v for key, v in value.items() if key != "model_type"}))
+            elif not isinstance(value, config_class):
+                raise ValueError(f"{name} must be a dict or a {config_class.__name__}, not {type(value).__name__}")
+
+        text_choice = self.text_config.visual_attention_experts
+        if self.visual_attention_experts is None:
+            self.visual_attention_experts = text_choice
+        elif self.visual_attention_experts not in VISUAL_ATTENTION_EXPERTS:
+            raise ValueError(
+                f"visual_attention_experts={self.visual_attention_experts!r} must be one of "
+                f"{', '.join(VISUAL_ATTENTION_EXPERTS)}"
+            )
+        elif text_choice not in ("none", self.visual_attention_experts):
+            raise ValueError(
+                f"visual_attention_experts={self.visual_attention_experts!r} contradicts "
+                f"text_config.visual_attention_experts={text_choice!r}"
+            )
+        self.text_config.visual_attention_experts = self.visual_attention_experts
+
+        if self.tie_word_embeddings or self.text_config.tie_word_embeddings:
+            self.tie_word_embeddings = self.text_config.tie_word_embeddings = True
+        if self.image_token_id < 0:
+            raise ValueError(f"image_token_id={self.image_token_id} must not be negative")
+        super().__post_init__(**kwargs)
+
+    def _read_official(self, kwargs: dict[str, Any]) -> dict[str, Any]:
+        """Turn an official `config.json` into ours; what neither sub-config knows is dropped."""
+        llm, vision = kwargs.pop("llm_config"), self.vision_config
+        llm = llm if isinstance(llm, dict) else llm.to_dict()
+        if self.text_config is None:
+            self.text_config = _only_fields(llm, MonoInternVLTextConfig, extra=("bias", "rope_theta", "rope_scaling"))
+        if vision is not None and not isinstance(vision, MonoInternVLVisionConfig):
+            vision = vision if isinstance(vision, dict) else vision.to_dict()
+            self.vision_config = _only_fields(vision, MonoInternVLVisionConfig)
+        kept = ("name_or_path", "_name_or_path", "_commit_hash", "torch_dtype", "dtype", "attn_implementation")
+        return {name: value for name, value in kwargs.items() if name in kept}
+
+    @classmethod
+    def get_config_dict(cls, pretrained_model_name_or_path, **kwargs):  # type: ignore[no-untyped-def]
+        config_dict, kwargs = super().get_config_dict(pretrained_model_name_or_path, **kwargs)
+        # transformers warns about a foreign model_type; this one is ours under its older name.
+        if config_dict.get("model_type") == "internvl_chat" and "llm_config" in config_dict:
+            config_dict = {**config_dict, "model_type": cls.model_type}
+        return config_dict, kwargs
+
+
+MonoInternVLConfig.register_for_auto_class()
+
+__all__ = ["MonoInternVLConfig", "MonoInternVLTextConfig", "MonoInternVLVisionConfig"]

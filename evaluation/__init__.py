@@ -1,0 +1,1 @@
+"""Evaluation: pictures of the plate world drawn by other code, scoring, and adapters for benchmark suites."""

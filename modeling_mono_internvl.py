@@ -1,0 +1,1058 @@
+"""Mono-InternVL: patches + ids -> logits. What differs from a plain Llama-like decoder:
+
+1. No vision encoder. A 28 x 28 px patch is embedded linearly and is one token (`MonoInternVLVisionEmbeddings`).
+2. Two feed-forward experts per layer: `visual_mlp` (FFN_v) for visual tokens, `mlp` (FFN_t) for all others
+   (paper 2410.08202, eq. 4). Routing is by the token, not by the phase, and every token passes through exactly one.
+3. With `visual_attention_experts` (1.5, paper 2507.12566) visual tokens also have their own q/k/v (and o) projections.
+4. One `RoutingPlan` per forward, made from the positions of the visual tokens. Text-only calls and decoding have none:
+   then a layer is a plain dense layer and the visual experts are not even read.
+5. The last layer computes only the rows that `logits_to_keep` asks for.
+6. RoPE with a stateless, branch-free dynamic NTK: it never depends on an earlier call.
+
+Shapes: B batch, T current tokens, S all tokens incl. cache, N = B*T, V visual tokens, H hidden, D head_dim, P patches.
+"""
+
+import copy
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import torch
+from torch import nn
+from torch.nn import functional as F
+from transformers import initialization as init
+from transformers.activations import ACT2FN
+from transformers.cache_utils import Cache, DynamicCache
+from transformers.generation import utils as generation_utils
+from transformers.generation.logits_process import LogitsProcessorList, SuppressTokensLogitsProcessor
+from transformers.generation.utils import GenerationMixin
+from transformers.masking_utils import create_causal_mask
+from transformers.modeling_layers import GradientCheckpointingLayer
+from transformers.modeling_outputs import BaseModelOutputWithPast, BaseModelOutputWithPooling, CausalLMOutputWithPast
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS, PreTrainedModel
+from transformers.utils import logging
+from transformers.utils.generic import can_return_tuple, merge_with_config_defaults
+from transformers.utils.output_capturing import capture_outputs
+
+from .configuration_mono_internvl import MonoInternVLConfig, MonoInternVLTextConfig, MonoInternVLVisionConfig
+from .image_processing_mono_internvl import patchify
+from .weight_mapping_mono_internvl import register_checkpoint_mapping
+
+
+logger = logging.get_logger(__name__)
+
+register_checkpoint_mapping(MonoInternVLConfig.model_type)
+
+
+# --------------------------------------------------------------------------------------------------------- routing
+
+
+class RoutingPlan(NamedTuple):
+    """Which rows of a flattened [N, H] batch go to which expert; made once per forward, used by every layer.
+
+    Attributes:
+        text: int64 [N - V], rows of all other tokens, ascending.
+        visual: int64 [V], rows of visual tokens, ascending.
+    """
+
+    text: torch.Tensor
+    visual: torch.Tensor
+
+    def split(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """[B, T, H] -> text rows [N - V, H] and visual rows [V, H]."""
+        rows = x.reshape(-1, x.shape[-1])
+        return rows.index_select(0, self.text), rows.index_select(0, self.visual)
+
+    def merge(self, text: torch.Tensor, visual: torch.Tensor, batch_shape: torch.Size) -> torch.Tensor:
+        """The inverse of `split`; every row of the result is written exactly once."""
+        out = text.new_empty((self.text.shape[0] + self.visual.shape[0], text.shape[-1]))
+        out = out.index_copy(0, self.text, text).index_copy(0, self.visual, visual)
+        return out.view(*batch_shape, -1)
+
+
+def make_routing_plan(visual_token_mask: torch.Tensor, num_visual: int) -> RoutingPlan:
+    """bool [B, T] and its count, known on the host, so that no shape depends on data and the device is not waited for."""
+    order = torch.argsort((~visual_token_mask).reshape(-1).to(torch.int8), stable=True)
+    return RoutingPlan(text=order[num_visual:], visual=order[:num_visual])
+
+
+# ------------------------------------------------------------------------------------------------- visual embedding
+
+
+class MonoInternVLVisionEmbeddings(nn.Module):
+    """Pixels -> one vector per visual token: linear 14-px patches, learned positions, 2 x 2 neighbours concatenated.
+
+    The order of the four neighbours is (2i, 2j), (2i, 2j+1), (2i+1, 2j), (2i+1, 2j+1) (upstream's pixel shuffle "v2").
+    """
+
+    def __init__(self, config: MonoInternVLVisionConfig):
+        super().__init__()
+        self.config = config
+        self.token_size = config.token_size
+        self.side = config.image_size // config.patch_size
+        self.patch_embedding = nn.Conv2d(3, config.hidden_size, kernel_size=config.patch_size, stride=config.patch_size)
+        # Row 0 belongs to the class token, which nothing uses; both are kept for a lossless round trip.
+        self.position_embedding = nn.Parameter(torch.empty(1, 1 + self.side**2, config.hidden_size))
+        self.register_buffer("class_embedding", torch.zeros(1, 1, config.hidden_size))
+        self.register_buffer("pixel_mean", torch.tensor(config.image_mean), persistent=False)
+        self.register_buffer("pixel_std", torch.tensor(config.image_std), persistent=False)
+
+    def normalize(self, pixel_values: torch.Tensor) -> torch.Tensor:
+        """uint8 [tiles, P, 3*s*s] -> float32, scaled to 0..1 and normalised per channel, on the device it is on."""
+        tiles, patches, width = pixel_values.shape
+        x = pixel_values.float().div(255).view(tiles, patches, 3, width // 3)
+        x = (x - self.pixel_mean.float().view(3, 1)) / self.pixel_std.float().view(3, 1)
+        return x.view(tiles, patches, width)
+
+    def positions(self, side: int) -> torch.Tensor:
+        """Position rows [side * side, C]; bicubic in float32 when the tile has another size than the table's."""
+        table = self.position_embedding[0, 1:]
+        if side == self.side:
+            return table
+        grid = table.float().view(1, self.side, self.side, -1).permute(0, 3, 1, 2)
+        grid = F.interpolate(grid, size=(side, side), mode="bicubic", align_corners=False)
+        return grid.permute(0, 2, 3, 1).reshape(side * side, -1).to(table.dtype)
+
+    def forward(self, pixel_values: torch.Tensor) -> torch.Tensor:
+        """[tiles, P, 3*s*s], s = 28 -> [tiles, P, 4 * C].
+
+        Raises:
+            ValueError: the patches are not s x s pixels, or P is not a square number.
+        """
+        tiles, patches, width = pixel_values.shape
+        side, s, p = round(patches**0.5), self.token_size, self.config.patch_size
+        if width != 3 * s * s or side * side != patches or side == 0:
+            raise ValueError(
+                f"pixel_values of shape {tuple(pixel_values.shape)} do not fit: expected [tiles, patches, {3 * s * s}] "
+                f"with a square number of patches (patches are {s} x {s} px)"
+            )
+        if not pixel_values.is_floating_point():
+            pixel_values = self.normalize(pixel_values)
+        weight = self.patch_embedding.weight.flatten(1)
+        # [.., 3, (2 p), (2 p)] -> four small patches of [3, p, p] in pixel-shuffle order, then one matrix product.
+        x = pixel_values.to(weight.dtype).view(tiles, patches, 3, 2, p, 2, p).permute(0, 1, 3, 5, 2, 4, 6)
+        x = F.linear(x.reshape(tiles, patches, 4, weight.shape[1]), weight, self.patch_embedding.bias)
+        positions = self.positions(2 * side).view(side, 2, side, 2, -1).transpose(1, 2).reshape(patches, 4, -1)
+        return (x + positions).view(tiles, patches, 4 * x.shape[-1])
+
+
+class MonoInternVLMultiModalProjector(nn.Module):
+    """[.., 4 * C] -> [.., H]: LayerNorm, linear, exact GELU, linear."""
+
+    def __init__(self, config: MonoInternVLConfig):
+        super().__init__()
+        width, hidden = 4 * config.vision_config.hidden_size, config.text_config.hidden_size
+        self.layer_norm = nn.LayerNorm(width, eps=1e-5)
+        self.linear_1 = nn.Linear(width, hidden)
+        self.linear_2 = nn.Linear(hidden, hidden)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.linear_2(F.gelu(self.linear_1(self.layer_norm(x))))
+
+
+# ---------------------------------------------------------------------------------------------------------- decoder
+
+
+class MonoInternVLRMSNorm(nn.Module):
+    """RMSNorm in float32, cast back, then weighted."""
+
+    def __init__(self, hidden_size: int, eps: float):
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(hidden_size))
+        self.variance_epsilon = eps
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        y = x.float()
+        y = y * torch.rsqrt(y.pow(2).mean(-1, keepdim=True) + self.variance_epsilon)
+        return self.weight * y.to(x.dtype)
+
+
+class MonoInternVLRotaryEmbedding(nn.Module):
+    """RoPE tables; dynamic NTK beyond `max_position_embeddings` without state, branches or a device sync.
+
+    base' = theta * (f * L / max - (f - 1)) ** (D / (D - 2)), L = largest position of the call + 1, cache included.
+    """
+
+    def __init__(self, config: MonoInternVLTextConfig):
+        super().__init__()
+        self.config = config
+        self.theta = float(config.rope_parameters["rope_theta"])
+        self.dynamic = config.rope_parameters.get("rope_type", "default") == "dynamic"
+        self.factor = float(config.rope_parameters.get("factor", 1.0))
+        self.register_buffer("inv_freq", self.initial_inv_freq(), persistent=False)
+
+    def exponents(self, device: torch.device | None = None) -> torch.Tensor:
+        dim = self.config.head_dim
+        return torch.arange(0, dim, 2, dtype=torch.int64, device=device).float() / dim
+
+    def initial_inv_freq(self) -> torch.Tensor:
+        return 1.0 / (self.theta ** self.exponents())
+
+    @torch.no_grad()
+    def forward(self, x: torch.Tensor, position_ids: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """position_ids int64 [B, T] -> cos, sin [B, T, D] in the dtype of `x`."""
+        inv_freq = self.inv_freq.float()
+        if self.dynamic:
+            dim, limit = self.config.head_dim, self.config.max_position_embeddings
+            length = (position_ids.max() + 1).clamp(min=limit).float()
+            base = self.theta * ((self.factor * length / limit) - (self.factor - 1)) ** (dim / (dim - 2))
+            scaled = 1.0 / (base ** self.exponents(position_ids.device))
+            inv_freq = torch.where(length > limit, scaled, inv_freq.to(position_ids.device))
+        angles = position_ids[..., None].float() * inv_freq.to(position_ids.device)
+        angles = torch.cat((angles, angles), dim=-1)
+        return angles.cos().to(x.dtype), angles.sin().to(x.dtype)
+
+
+def rotate(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
+    """Half-split rotation of [B, heads, T, D] by cos, sin [B, T, D]."""
+    first, second = x.chunk(2, dim=-1)
+    return x * cos.unsqueeze(1) + torch.cat((-second, first), dim=-1) * sin.unsqueeze(1)
+
+
+def eager_attention_forward(
+    module: nn.Module,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    attention_mask: torch.Tensor | None,
+    scaling: float,
+    dropout: float = 0.0,
+    **kwargs: Any,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Softmax attention in float32; query [B, heads, T, D], key and value [B, kv_heads, S, D] -> [B, T, heads, D]."""
+    groups = module.num_key_value_groups
+    key, value = key.repeat_interleave(groups, dim=1), value.repeat_interleave(groups, dim=1)
+    scores = query @ key.transpose(2, 3) * scaling
+    if attention_mask is not None:
+        scores = scores + attention_mask
+    weights = F.softmax(scores, dim=-1, dtype=torch.float32).to(query.dtype)
+    weights = F.dropout(weights, p=dropout, training=module.training)
+    return (weights @ value).transpose(1, 2).contiguous(), weights
+
+
+class MonoInternVLAttention(nn.Module):
+    """Grouped-query attention; with visual attention experts, visual tokens are projected by their own matrices."""
+
+    def __init__(self, config: MonoInternVLTextConfig, layer_idx: int):
+        super().__init__()
+        self.config = config
+        self.layer_idx = layer_idx
+        self.head_dim = config.head_dim
+        self.num_key_value_groups = config.num_attention_heads // config.num_key_value_heads
+        self.scaling = self.head_dim**-0.5
+        self.attention_dropout = config.attention_dropout
+        self.is_causal = True
+        width, kv_width = config.num_attention_heads * self.head_dim, config.num_key_value_heads * self.head_dim
+
+        def linear(inputs: int, outputs: int) -> nn.Linear:
+            return nn.Linear(inputs, outputs, bias=config.attention_bias)
+
+        self.q_proj = linear(config.hidden_size, width)
+        self.k_proj = linear(config.hidden_size, kv_width)
+        self.v_proj = linear(config.hidden_size, kv_width)
+        self.o_proj = linear(width, config.hidden_size)
+        self.visual_qkv = config.visual_attention_experts in ("qkv", "qkvo")
+        self.visual_o = config.visual_attention_experts == "qkvo"
+        if self.visual_qkv:
+            self.visual_q_proj = linear(config.hidden_size, width)
+            self.visual_k_proj = linear(config.hidden_size, kv_width)
+            self.visual_v_proj = linear(config.hidden_size, kv_width)
+        if self.visual_o:
+            self.visual_o_proj = linear(width, config.hidden_size)
+
+    def project(self, x: torch.Tensor, routing: RoutingPlan | None, queries: int | None) -> tuple[torch.Tensor, ...]:
+        """[B, T, H] -> q, k, v; `queries`: only the last so many rows get a query (they are text then)."""
+        if routing is None or not self.visual_qkv:
+            return self.q_proj(x if queries is None else x[:, -queries:]), self.k_proj(x), self.v_proj(x)
+        text, visual = routing.split(x)
+        k = routing.merge(self.k_proj(text), self.visual_k_proj(visual), x.shape[:2])
+        v = routing.merge(self.v_proj(text), self.visual_v_proj(visual), x.shape[:2])
+        if queries is not None:
+            return self.q_proj(x[:, -queries:]), k, v
+        return routing.merge(self.q_proj(text), self.visual_q_proj(visual), x.shape[:2]), k, v
+
+    def forward(
+        self,
+        hidden_states: torch.Tensor,
+        position_embeddings: tuple[torch.Tensor, torch.Tensor],
+        attention_mask: torch.Tensor | None = None,
+        past_key_values: Cache | None = None,
+        routing: RoutingPlan | None = None,
+        queries: int | None = None,
+        **kwargs: Any,
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        q, k, v = self.project(hidden_states, routing, queries)
+        q, k, v = (x.view(*x.shape[:2], -1, self.head_dim).transpose(1, 2) for x in (q, k, v))
+        cos, sin = position_embeddings
+        q = rotate(q, cos, sin) if queries is None else rotate(q, cos[:, -queries:], sin[:, -queries:])
+        k = rotate(k, cos, sin)
+        if past_key_values is not None:
+            k, v = past_key_values.update(k, v, self.layer_idx)
+
+        attend: Callable = ALL_ATTENTION_FUNCTIONS.get_interface(
+            self.config._attn_implementation, eager_attention_forward
+        )
+        dropout = self.attention_dropout if self.training else 0.0
+        out, weights = attend(self, q, k, v, attention_mask, dropout=dropout, scaling=self.scaling, **kwargs)
+        out = out.reshape(*out.shape[:2], -1).contiguous()
+        if routing is None or not self.visual_o or queries is not None:
+            return self.o_proj(out), weights
+        text, visual = routing.split(out)
+        return routing.merge(self.o_proj(text), self.visual_o_proj(visual), out.shape[:2]), weights
+
+
+class MonoInternVLMLP(nn.Module):
+    """SwiGLU: down(act(gate x) * up x), no biases."""
+
+    def __init__(self, config: MonoInternVLTextConfig):
+        super().__init__()
+        self.gate_proj = nn.Linear(config.hidden_size, config.intermediate_size, bias=False)
+        self.up_proj = nn.Linear(config.hidden_size, config.intermediate_size, bias=False)
+        self.down_proj = nn.Linear(config.intermediate_size, config.hidden_size, bias=False)
+        self.act_fn = ACT2FN[config.hidden_act]
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.down_proj(self.act_fn(self.gate_proj(x)) * self.up_proj(x))
+
+
+def make_drop_path(config: MonoInternVLTextConfig, layer_idx: int) -> nn.Module:
+    """Stochastic depth, growing linearly with depth; timm is asked for only when it is used."""
+    if config.drop_path_rate == 0:
+        return nn.Identity()
+    try:
+        from timm.layers import DropPath
+    except ImportError as error:
+        raise ImportError(
+            f"drop_path_rate={config.drop_path_rate} needs timm: pip install 'mono-internvl[droppath]'"
+        ) from error
+    return DropPath(config.drop_path_rate * layer_idx / max(config.num_hidden_layers - 1, 1))
+
+
+class MonoInternVLDecoderLayer(GradientCheckpointingLayer):
+    def __init__(self, config: MonoInternVLTextConfig, layer_idx: int):
+        super().__init__()
+        self.self_attn = MonoInternVLAttention(config, layer_idx)
+        self.mlp = MonoInternVLMLP(config)
+        self.visual_mlp = MonoInternVLMLP(config)
+        self.input_layernorm = MonoInternVLRMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.post_attention_layernorm = MonoInternVLRMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.drop_path = make_drop_path(config, layer_idx)
+
+    def feed_forward(self, x: torch.Tensor, routing: RoutingPlan | None) -> torch.Tensor:
+        if routing is None:
+            return self.mlp(x)
+        text, visual = routing.split(x)
+        return routing.merge(self.mlp(text), self.visual_mlp(visual), x.shape[:2])
+
+    def forward(
+        self,
+        hidden_states: torch.Tensor,
+        attention_mask: torch.Tensor | None = None,
+        position_embeddings: tuple[torch.Tensor, torch.Tensor] | None = None,
+        past_key_values: Cache | None = None,
+        routing: RoutingPlan | None = None,
+        keep: int | None = None,
+        queries: int | None = None,
+        **kwargs: Any,
+    ) -> torch.Tensor:
+        """[B, T, H] -> [B, T, H], or [B, keep, H]: the last `keep` rows, which must be text when there is a plan.
+
+        `queries` (`keep` or None): whether attention too computes only those rows.
+        """
+        attended, _ = self.self_attn(
+            self.input_layernorm(hidden_states),
+            position_embeddings=position_embeddings,
+            attention_mask=attention_mask,
+            past_key_values=past_key_values,
+            routing=routing,
+            queries=queries,
+            **kwargs,
+        )
+        if keep is not None:
+            hidden_states, attended, routing = hidden_states[:, -keep:], attended[:, -keep:], None
+        hidden_states = hidden_states + self.drop_path(attended)
+        return hidden_states + self.drop_path(self.feed_forward(self.post_attention_layernorm(hidden_states), routing))
+
+
+# ----------------------------------------------------------------------------------------------------------- models
+
+
+@dataclass
+class MonoInternVLModelOutputWithPast(BaseModelOutputWithPast):
+    """`image_hidden_states`: float [V, H], the embedded visual tokens in the order of their placeholders."""
+
+    image_hidden_states: torch.FloatTensor | None = None
+
+
+@dataclass
+class MonoInternVLCausalLMOutputWithPast(CausalLMOutputWithPast):
+    """`image_hidden_states`: float [V, H], the embedded visual tokens in the order of their placeholders."""
+
+    image_hidden_states: torch.FloatTensor | None = None
+
+
+class MonoInternVLPreTrainedModel(PreTrainedModel):
+    config: MonoInternVLConfig
+    base_model_prefix = "model"
+    input_modalities = ("image", "text")
+    supports_gradient_checkpointing = True
+    _no_split_modules = ["MonoInternVLDecoderLayer"]
+    _skip_keys_device_placement = ["past_key_values"]
+    _supports_flash_attn = True
+    _supports_sdpa = True
+    _supports_flex_attn = True
+    _supports_attention_backend = True
+    _can_compile_fullgraph = True
+
+    @torch.no_grad()
+    def _init_weights(self, module: nn.Module) -> None:
+        super()._init_weights(module)
+        # Non-persistent buffers are left uninitialised by a load through the meta device, so they get their line here.
+        if isinstance(module, MonoInternVLVisionEmbeddings):
+            init.normal_(module.position_embedding, mean=0.0, std=module.config.initializer_range)
+            init.zeros_(module.class_embedding)
+            init.copy_(module.pixel_mean, torch.tensor(module.config.image_mean))
+            init.copy_(module.pixel_std, torch.tensor(module.config.image_std))
+        elif isinstance(module, MonoInternVLRotaryEmbedding):
+            init.copy_(module.inv_freq, module.initial_inv_freq())
+
+    def save_pretrained(self, save_directory, *args, save_original_format: bool = False, **kwargs):  # type: ignore[no-untyped-def]
+        """As in transformers, but our layout is the default: `Trainer` resumes with a plain `load_state_dict`, which
+        would skip every official key. `save_original_format=True` writes the official layout (v1 only).
+
+        Raises:
+            ValueError: the official layout is asked for and the model has visual attention experts.
+        """
+        experts = getattr(self.config, "visual_attention_experts", "none")
+        if save_original_format and experts != "none":
+            raise ValueError(
+                f"the official layout has no place for visual attention experts ({experts}); "
+                "save with save_original_format=False"
+            )
+        return super().save_pretrained(save_directory, *args, save_original_format=save_original_format, **kwargs)
+
+
+class MonoInternVLTextModel(MonoInternVLPreTrainedModel):
+    """The decoder: ids or embeddings -> hidden states; it knows visual tokens only through a `RoutingPlan`."""
+
+    config: MonoInternVLTextConfig
+    input_modalities = ("text",)
+    _can_record_outputs = {"hidden_states": MonoInternVLDecoderLayer, "attentions": MonoInternVLAttention}
+
+    def __init__(self, config: MonoInternVLTextConfig):
+        super().__init__(config)
+        self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size, config.pad_token_id)
+        self.layers = nn.ModuleList([MonoInternVLDecoderLayer(config, i) for i in range(config.num_hidden_layers)])
+        self.norm = MonoInternVLRMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.rotary_emb = MonoInternVLRotaryEmbedding(config)
+        self.gradient_checkpointing = False
+        self.post_init()
+
+    def get_input_embeddings(self) -> nn.Module:
+        return self.embed_tokens
+
+    def set_input_embeddings(self, value: nn.Module) -> None:
+        self.embed_tokens = value
+
+    @merge_with_config_defaults
+    @capture_outputs
+    def forward(
+        self,
+        input_ids: torch.LongTensor | None = None,
+        attention_mask: torch.Tensor | None = None,
+        position_ids: torch.LongTensor | None = None,
+        past_key_values: Cache | None = None,
+        inputs_embeds: torch.Tensor | None = None,
+        use_cache: bool | None = None,
+        routing: RoutingPlan | None = None,
+        keep: int | None = None,
+        **kwargs: Any,
+    ) -> BaseModelOutputWithPast:
+        """`keep`: the last layer computes only the last so many rows of each sequence, which must be text."""
+        if (input_ids is None) == (inputs_embeds is None):
+            raise ValueError("exactly one of input_ids and inputs_embeds must be given")
+        if inputs_embeds is None:
+            inputs_embeds = self.embed_tokens(input_ids)
+        if use_cache and past_key_values is None:
+            past_key_values = DynamicCache(config=self.config)
+        if position_ids is None:
+            past = past_key_values.get_seq_length() if past_key_values is not None else 0
+            position_ids = torch.arange(inputs_embeds.shape[1], device=inputs_embeds.device).unsqueeze(0) + past
+
+        mask = create_causal_mask(
+            config=self.config,
+            inputs_embeds=inputs_embeds,
+            attention_mask=attention_mask,
+            past_key_values=past_key_values,
+            position_ids=position_ids,
+        )
+        x = inputs_embeds
+        position_embeddings = self.rotary_emb(x, position_ids)
+        if keep is not None and keep >= x.shape[1]:
+            keep = None
+        for layer in self.layers[:-1]:
+            x = layer(
+                x,
+                attention_mask=mask,
+                position_embeddings=position_embeddings,
+                position_ids=position_ids,
+                past_key_values=past_key_values,
+                routing=routing,
+                **kwargs,
+            )
+        mask, queries = self._last_queries(mask, keep)
+        x = self.layers[-1](
+            x,
+            attention_mask=mask,
+            position_embeddings=position_embeddings,
+            position_ids=position_ids,
+            past_key_values=past_key_values,
+            routing=routing,
+            keep=keep,
+            queries=queries,
+            **kwargs,
+        )
+        return BaseModelOutputWithPast(last_hidden_state=self.norm(x), past_key_values=past_key_values)
+
+    def _last_queries(self, mask: Any, keep: int | None) -> tuple[Any, int | None]:
+        """The mask of the last `keep` queries, where the backend lets us leave the other queries out."""
+        if keep is None or self.config._attn_implementation not in ("eager", "sdpa"):
+            return mask, None
+        if isinstance(mask, torch.Tensor):
+            return (mask[:, :, -keep:], keep) if mask.dim() == 4 else (mask, None)
+        # Without a mask sdpa would align a triangle of several queries to the first keys instead of the last.
+        return (None, 1) if mask is None and keep == 1 else (mask, None)
+
+
+class MonoInternVLModel(MonoInternVLPreTrainedModel):
+    """Visual embedding + decoder, without the output head."""
+
+    def __init__(self, config: MonoInternVLConfig):
+        super().__init__(config)
+        if config.image_token_id >= config.text_config.vocab_size:
+            raise ValueError(
+                f"image_token_id={config.image_token_id} is outside the vocabulary of {config.text_config.vocab_size}; "
+                "pass image_token_id=<id of <IMG_CONTEXT>> to from_pretrained or set it in the config"
+            )
+        self.vision_embeddings = MonoInternVLVisionEmbeddings(config.vision_config)
+        self.multi_modal_projector = MonoInternVLMultiModalProjector(config)
+        self.language_model = MonoInternVLTextModel._from_config(config.text_config)
+        self.post_init()
+
+    def get_input_embeddings(self) -> nn.Module:
+        return self.language_model.get_input_embeddings()
+
+    def set_input_embeddings(self, value: nn.Module) -> None:
+        self.language_model.set_input_embeddings(value)
+
+    def get_decoder(self) -> nn.Module:
+        return self.language_model
+
+    def set_decoder(self, decoder: nn.Module) -> None:
+        self.language_model = decoder
+
+    @can_return_tuple
+    def get_image_features(self, pixel_values: torch.Tensor, **kwargs: Any) -> BaseModelOutputWithPooling:
+        """Embed tiles.
+
+        Args:
+            pixel_values: [tiles, P, 3*28*28] or [tiles, 3, S, S]; float (normalised) or uint8 (normalised here).
+
+        Returns:
+            `last_hidden_state` [tiles, P, 4 * C] before and `pooler_output` [tiles, P, H] after the projector.
+        """
+        if pixel_values.dim() == 4:
+            pixel_values = patchify(pixel_values)
+        elif pixel_values.dim() != 3:
+            raise ValueError(
+                f"pixel_values must be [tiles, patches, 3*28*28] or [tiles, 3, S, S], got {tuple(pixel_values.shape)}"
+            )
+        embedded = self.vision_embeddings(pixel_values)
+        return BaseModelOutputWithPooling(
+            last_hidden_state=embedded, pooler_output=self.multi_modal_projector(embedded)
+        )
+
+    def get_placeholder_mask(
+        self, input_ids: torch.Tensor | None, inputs_embeds: torch.Tensor | None
+    ) -> torch.Tensor:
+        """bool [B, T]: where placeholders are; without ids, where an embedding equals the placeholder's."""
+        if input_ids is not None:
+            return input_ids == self.config.image_token_id
+        assert inputs_embeds is not None
+        token = torch.full((), self.config.image_token_id, dtype=torch.long, device=inputs_embeds.device)
+        return (inputs_embeds == self.get_input_embeddings()(token)).all(-1)
+
+    def _image_rows(
+        self, pixel_values: torch.Tensor | None, mm_encoder_outputs: dict | None, device: torch.device
+    ) -> torch.Tensor | None:
+        """Visual tokens of this call, [V, H], or None when it has no picture."""
+        if mm_encoder_outputs and mm_encoder_outputs.get("image") is not None:
+            rows = mm_encoder_outputs["image"].pooler_output
+            tensors = [rows] if isinstance(rows, torch.Tensor) else list(rows)
+            return torch.cat([tensor.reshape(-1, tensor.shape[-1]) for tensor in tensors])
+        if pixel_values is None and self.training and torch.is_grad_enabled():
+            # Zero tiles: every rank keeps the visual path in its graph, else DDP and FSDP wait for gradients for ever.
+            vision = self.config.vision_config
+            pixel_values = torch.zeros(0, vision.tokens_per_tile, 3 * vision.token_size**2, device=device)
+        if pixel_values is None:
+            return None
+        return self.get_image_features(pixel_values).pooler_output.flatten(0, 1)
+
+    def _route(
+        self, mask: torch.Tensor, rows: torch.Tensor | None, keep: int | None
+    ) -> tuple[RoutingPlan | None, int | None]:
+        """The plan for this forward, and `keep` if the last rows may be computed alone (all of them text).
+
+        Raises:
+            ValueError: as many visual tokens as placeholders are needed; names both counts.
+        """
+        count = None if rows is None else rows.shape[0]
+        if torch.compiler.is_compiling():
+            # Nothing can be looked at here; whether the kept rows are text is unknown, so the last layer does them all.
+            return make_routing_plan(mask, int(mask.sum()) if count is None else count), None
+        placeholders, kept = mask.sum(), mask[:, -(keep or 0) :].sum()
+        placeholders, kept = torch.stack([placeholders, kept]).tolist()
+        if count is not None and count != placeholders:
+            raise ValueError(
+                f"the pictures give {count} visual tokens but the input has {placeholders} image placeholders "
+                f"(id {self.config.image_token_id}); they must match"
+            )
+        if placeholders == 0 and not (self.training and rows is not None):
+            return None, keep
+        return make_routing_plan(mask, placeholders), None if kept else keep
+
+    @can_return_tuple
+    def forward(
+        self,
+        input_ids: torch.LongTensor | None = None,
+        attention_mask: torch.Tensor | None = None,
+        position_ids: torch.LongTensor | None = None,
+        past_key_values: Cache | None = None,
+        inputs_embeds: torch.FloatTensor | None = None,
+        pixel_values: torch.Tensor | None = None,
+        visual_token_mask: torch.Tensor | None = None,
+        mm_encoder_outputs: dict | None = None,
+        mm_token_type_ids: torch.Tensor | None = None,
+        use_cache: bool | None = None,
+        keep: int | None = None,
+        **kwargs: Any,
+    ) -> MonoInternVLModelOutputWithPast:
+        """See `MonoInternVLForCausalLM.forward`. `mm_token_type_ids` is accepted because processors and engines pass
+        it; routing needs only the placeholders."""
+        if (input_ids is None) == (inputs_embeds is None):
+            raise ValueError("exactly one of input_ids and inputs_embeds must be given")
+        device = (input_ids if inputs_embeds is None else inputs_embeds).device
+        rows = self._image_rows(pixel_values, mm_encoder_outputs, device)
+        mask = visual_token_mask
+        if mask is None and rows is not None:
+            mask = self.get_placeholder_mask(input_ids, inputs_embeds)
+        if inputs_embeds is None:
+            inputs_embeds = self.get_input_embeddings()(input_ids)
+
+        routing = None
+        if mask is not None:
+            if mask.shape != inputs_embeds.shape[:2]:
+                raise ValueError(
+                    f"visual_token_mask must be [B, T] = {tuple(inputs_embeds.shape[:2])} of the current input, "
+                    f"got {tuple(mask.shape)}"
+                )
+            mask = mask.to(device=inputs_embeds.device, dtype=torch.bool)
+            routing, keep = self._route(mask, rows, keep)
+        if routing is not None and rows is not None:
+            flat = inputs_embeds.reshape(-1, inputs_embeds.shape[-1])
+            flat = flat.index_copy(0, routing.visual, rows.to(flat.device, flat.dtype))
+            inputs_embeds = flat.view_as(inputs_embeds)
+
+        outputs = self.language_model(
+            attention_mask=attention_mask,
+            position_ids=position_ids,
+            past_key_values=past_key_values,
+            inputs_embeds=inputs_embeds,
+            use_cache=use_cache,
+            routing=routing,
+            keep=keep,
+            **kwargs,
+        )
+        return MonoInternVLModelOutputWithPast(
+            last_hidden_state=outputs.last_hidden_state,
+            past_key_values=outputs.past_key_values,
+            hidden_states=outputs.hidden_states,
+            attentions=outputs.attentions,
+            image_hidden_states=rows,
+        )
+
+
+class MonoInternVLForCausalLM(MonoInternVLPreTrainedModel, GenerationMixin):
+    """Mono-InternVL with its output head, `generate` and `chat`."""
+
+    _tied_weights_keys = {"lm_head.weight": "model.language_model.embed_tokens.weight"}
+    _tp_plan = {"lm_head": "colwise_gather_output"}
+
+    def __init__(self, config: MonoInternVLConfig):
+        super().__init__(config)
+        self.model = MonoInternVLModel(config)
+        self.lm_head = nn.Linear(config.text_config.hidden_size, config.text_config.vocab_size, bias=False)
+        self._processor: Any = None
+        self.post_init()
+
+    def get_input_embeddings(self) -> nn.Module:
+        return self.model.get_input_embeddings()
+
+    def set_input_embeddings(self, value: nn.Module) -> None:
+        self.model.set_input_embeddings(value)
+
+    def get_output_embeddings(self) -> nn.Module:
+        return self.lm_head
+
+    def set_output_embeddings(self, value: nn.Module) -> None:
+        self.lm_head = value
+
+    def get_decoder(self) -> nn.Module:
+        return self.model.get_decoder()
+
+    def set_decoder(self, decoder: nn.Module) -> None:
+        self.model.set_decoder(decoder)
+
+    def get_image_features(self, pixel_values: torch.Tensor, **kwargs: Any) -> BaseModelOutputWithPooling:
+        """See `MonoInternVLModel.get_image_features`."""
+        return self.model.get_image_features(pixel_values, **kwargs)
+
+    # ---- loading
+
+    @classmethod
+    def from_pretrained(cls, pretrained_model_name_or_path, *args, **kwargs):  # type: ignore[no-untyped-def]
+        """As in transformers, for our layout and the official one, and strict.
+
+        Raises:
+            ValueError: weights are missing or unexpected (all are listed), unless the caller looks after them through
+                `output_loading_info=True` or `ignore_mismatched_sizes=True`.
+        """
+        wants_info = kwargs.pop("output_loading_info", False)
+        tolerant = wants_info or kwargs.get("ignore_mismatched_sizes", False)
+        model, info = super().from_pretrained(
+            pretrained_model_name_or_path, *args, output_loading_info=True, **kwargs
+        )
+        problems = [
+            f"{len(keys)} {kind}: {', '.join(sorted(str(key) for key in keys))}"
+            for kind, keys in (
+                ("missing", info["missing_keys"]),
+                ("unexpected", info["unexpected_keys"]),
+                ("mis-shaped", info["mismatched_keys"]),
+            )
+            if keys
+        ]
+        if problems and not tolerant:
+            raise ValueError(
+                f"{pretrained_model_name_or_path} does not hold this model's weights; {'; '.join(problems)}"
+            )
+        if model.dtype == torch.float16:
+            logger.warning(
+                "Mono-InternVL was loaded in float16, in which its activations overflow to NaN; use bfloat16 or float32"
+            )
+        return (model, info) if wants_info else model
+
+    # ---- forward
+
+    @can_return_tuple
+    def forward(
+        self,
+        input_ids: torch.LongTensor | None = None,
+        attention_mask: torch.Tensor | None = None,
+        position_ids: torch.LongTensor | None = None,
+        past_key_values: Cache | None = None,
+        inputs_embeds: torch.FloatTensor | None = None,
+        pixel_values: torch.Tensor | None = None,
+        visual_token_mask: torch.Tensor | None = None,
+        mm_encoder_outputs: dict | None = None,
+        mm_token_type_ids: torch.Tensor | None = None,
+        labels: torch.LongTensor | None = None,
+        use_cache: bool | None = None,
+        logits_to_keep: int | torch.Tensor = 0,
+        **kwargs: Any,
+    ) -> MonoInternVLCausalLMOutputWithPast:
+        """Patches and ids to logits.
+
+        Args:
+            input_ids: int64 [B, T]; one `config.image_token_id` for each visual token.
+            attention_mask: [B, S], 0 at padding.
+            position_ids: int64 [B, T]; default counts from the cache's length.
+            pixel_values: [tiles, P, 3*28*28] or [tiles, 3, S, S] of all rows, in order; zero tiles are allowed; float
+                normalised, or uint8, normalised here.
+            labels: int64 [B, T], -100 is ignored; shifted here.
+            visual_token_mask: bool [B, T] of the current input: which tokens go to the visual experts. Derived from
+                the placeholders when pixels are given; needed only with `inputs_embeds`.
+            mm_encoder_outputs: `{"image": get_image_features(...)}`, instead of `pixel_values`.
+            logits_to_keep: the last so many positions (0: all), or their indices.
+
+        Raises:
+            ValueError: visual tokens and placeholders differ in number; both counts are named.
+        """
+        recorded = any(
+            kwargs.get(name, getattr(self.config, name, False)) for name in ("output_hidden_states", "output_attentions")
+        )
+        keep = logits_to_keep if isinstance(logits_to_keep, int) and logits_to_keep > 0 and not recorded else None
+        outputs = self.model(
+            input_ids=input_ids,
+            attention_mask=attention_mask,
+            position_ids=position_ids,
+            past_key_values=past_key_values,
+            inputs_embeds=inputs_embeds,
+            pixel_values=pixel_values,
+            visual_token_mask=visual_token_mask,
+            mm_encoder_outputs=mm_encoder_outputs,
+            use_cache=use_cache,
+            keep=keep,
+            **kwargs,
+        )
+        kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
+        logits = self.lm_head(outputs.last_hidden_state[:, kept])
+        loss = None
+        if labels is not None:
+            vocab_size = self.config.text_config.vocab_size
+            loss = self.loss_function(logits=logits, labels=labels, vocab_size=vocab_size, **kwargs)
+        return MonoInternVLCausalLMOutputWithPast(
+            loss=loss,
+            logits=logits,
+            past_key_values=outputs.past_key_values,
+            hidden_states=outputs.hidden_states,
+            attentions=outputs.attentions,
+            image_hidden_states=outputs.image_hidden_states,
+        )
+
+    # ---- generation
+
+    def generate(self, inputs=None, generation_config=None, logits_processor=None, **kwargs):  # type: ignore[no-untyped-def]
+        """As in transformers; never emits `<IMG_CONTEXT>`, `<img>` or `</img>`."""
+        stops = generation_config.eos_token_id if generation_config is not None else self.generation_config.eos_token_id
+        stops = set(stops if isinstance(stops, list) else [stops])
+        image_token = self.config.image_token_id
+        forbidden = [token for token in (image_token - 2, image_token - 1, image_token) if token not in stops]
+        processors = LogitsProcessorList(logits_processor or [])
+        processors.append(SuppressTokensLogitsProcessor(forbidden, device=self.device))
+        # transformers would encode a picture that is explicitly None.
+        kwargs = {name: value for name, value in kwargs.items() if name != "pixel_values" or value is not None}
+        return super().generate(
+            inputs, generation_config=generation_config, logits_processor=processors, **kwargs
+        )
+
+    def prepare_inputs_for_generation(self, input_ids, is_first_iteration=False, **kwargs):  # type: ignore[no-untyped-def]
+        mask = kwargs.pop("visual_token_mask", None)
+        inputs = super().prepare_inputs_for_generation(input_ids, is_first_iteration=is_first_iteration, **kwargs)
+        if mask is not None and (is_first_iteration or not kwargs.get("use_cache", True)):
+            current = inputs["inputs_embeds"] if inputs.get("inputs_embeds") is not None else inputs["input_ids"]
+            # Without a cache the sequence grows by text; with one, only its uncached end is this call's input.
+            grown = max(current.shape[1] - mask.shape[1], 0)
+            inputs["visual_token_mask"] = F.pad(mask, (0, grown))[:, -current.shape[1] :]
+        return inputs
+
+    def _expand_inputs_for_generation(self, expand_size=1, is_encoder_decoder=False, input_ids=None, **model_kwargs):  # type: ignore[no-untyped-def]
+        """Beams and several sequences: repeat each row's tiles as a group, in the order of the repeated rows."""
+        pixels, encoded = model_kwargs.pop("pixel_values", None), model_kwargs.pop("mm_encoder_outputs", None)
+        embeds, mask = model_kwargs.get("inputs_embeds"), model_kwargs.get("visual_token_mask")
+        if expand_size > 1 and (pixels is not None or encoded):
+            if mask is None:
+                ids = None if input_ids is None or input_ids.shape[1] == 0 else input_ids
+                mask = self.model.get_placeholder_mask(ids, embeds)
+            tokens_per_row = mask.sum(-1).tolist()
+            if pixels is not None:
+                pixels = patchify(pixels) if pixels.dim() == 4 else pixels
+                pixels = _repeat_groups(pixels, [n // pixels.shape[1] for n in tokens_per_row], expand_size)
+            if encoded and encoded.get("image") is not None:
+                image = copy.copy(encoded["image"])
+                rows = image.pooler_output
+                rows = torch.cat([row.reshape(-1, row.shape[-1]) for row in rows])
+                image["pooler_output"] = _repeat_groups(rows, tokens_per_row, expand_size).unsqueeze(0)
+                image["last_hidden_state"] = None
+                encoded = {**encoded, "image": image}
+        input_ids, model_kwargs = super()._expand_inputs_for_generation(
+            expand_size=expand_size, is_encoder_decoder=is_encoder_decoder, input_ids=input_ids, **model_kwargs
+        )
+        if pixels is not None:
+            model_kwargs["pixel_values"] = pixels
+        if encoded is not None:
+            model_kwargs["mm_encoder_outputs"] = encoded
+        return input_ids, model_kwargs
+
+    def _prefill(self, input_ids, generation_config, model_kwargs, *args, **kwargs):  # type: ignore[no-untyped-def]
+        has_images = model_kwargs.get("pixel_values") is not None or model_kwargs.get("mm_encoder_outputs")
+        can_slice = hasattr(generation_utils, "_slice_mm_encoder_output")
+        if generation_config.prefill_chunk_size is not None and has_images and not can_slice:
+            raise ValueError(
+                "prefill_chunk_size with pictures needs transformers >= 5.23; older ones give each chunk all pictures"
+            )
+        return super()._prefill(input_ids, generation_config, model_kwargs, *args, **kwargs)
+
+    # ---- chat
+
+    @torch.no_grad()
+    def chat(
+        self,
+        images: Any,
+        prompt: str,
+        *,
+        history: list[tuple[str, str]] | None = None,
+        return_history: bool = False,
+        max_tiles: int | None = None,
+        streamer: Any = None,
+        keep_grounding_tags: bool = False,
+        processor: Any = None,
+        **generate_kwargs: Any,
+    ) -> str | tuple[str, list[tuple[str, str]]]:
+        """Ask a question about pictures, or without any.
+
+        Args:
+            images: all pictures of the conversation in order: a PIL image, path, URL, array, a list of them, or None.
+            prompt: the question. `<image>` marks a picture's place; pictures without a mark go in front of it.
+            history: earlier (prompt, answer) pairs, as an earlier call returned them; prompts keep their marks.
+            return_history: also return the history with this turn; what is passed in is not changed.
+            max_tiles: most tiles of a picture; several pictures share them. Default: the processor's.
+            streamer: gets the answer as it grows: a `transformers` text streamer, or a callable that takes `str`.
+                Pieces are whole characters and join to the answer.
+            keep_grounding_tags: leave `<ref>` and `<box>` in the answer.
+            processor: default is the one that lies beside the weights.
+            **generate_kwargs: passed to `generate`; greedy with at most 1,024 new tokens by default.
+
+        Returns:
+            The answer up to `<|im_end|>`, stripped; with `return_history`, (answer, history).
+
+        Raises:
+            ValueError: empty prompt, marks and pictures that do not match, a conversation that is too long, float16.
+        """
+        if self.dtype == torch.float16:
+            raise ValueError("chat does not run in float16, in which activations overflow to NaN: use bfloat16 or float32")
+        if not isinstance(prompt, str) or not prompt.strip():
+            raise ValueError("the prompt is empty; ask something")
+        processor = processor or self._load_processor()
+        pictures = [] if images is None else list(images) if isinstance(images, (list, tuple)) else [images]
+        turns = [tuple(turn) for turn in history or []]
+        prompt = place_images(prompt, len(pictures) - sum(asked.count("<image>") for asked, _ in turns))
+        messages = processor.conversation([*turns, (prompt, None)], pictures)
+        inputs = processor.apply_chat_template(
+            messages,
+            tokenize=True,
+            return_dict=True,
+            return_tensors="pt",
+            add_generation_prompt=True,
+            **({} if max_tiles is None else {"processor_kwargs": {"max_tiles": max_tiles}}),
+        )
+        self._use_fast_dtype()
+        inputs = inputs.to(self.device, self.dtype)
+
+        options: dict[str, Any] = {"do_sample": False, "max_new_tokens": 1024, **generate_kwargs}
+        if generate_kwargs.get("generation_config") is not None:
+            options = dict(generate_kwargs)
+        elif options["do_sample"] is False:
+            # A checkpoint's sampling settings mean nothing here, and transformers would warn about them.
+            options = {"temperature": None, "top_p": None, "top_k": None, **options}
+        prompt_length = inputs["input_ids"].shape[1]
+        self._check_length(prompt_length, options.get("max_new_tokens") if "max_length" not in options else 0)
+        answer_text = processor.answer_decoder(keep_grounding_tags=keep_grounding_tags)
+        options.setdefault("eos_token_id", processor.stop_token_ids)
+        options.setdefault("pad_token_id", processor.tokenizer.pad_token_id)
+        if streamer is not None:
+            options["streamer"] = AnswerStreamer(streamer, answer_text)
+        sequences = self.generate(**inputs, **options)
+        if not isinstance(sequences, torch.Tensor):
+            sequences = sequences.sequences
+        answer = answer_text(sequences[0, prompt_length:].tolist())
+        return (answer, [*turns, (prompt, answer)]) if return_history else answer  # type: ignore[list-item]
+
+    def _load_processor(self) -> Any:
+        """The processor of the folder or Hub id this model came from, loaded once."""
+        if self._processor is None:
+            from .processing_mono_internvl import MonoInternVLProcessor
+
+            if not self.config._name_or_path:
+                raise ValueError("this model was not loaded from a folder or the Hub: pass processor= to chat")
+            self._processor = MonoInternVLProcessor.from_pretrained(self.config._name_or_path)
+        return self._processor
+
+    def _check_length(self, prompt_length: int, new_tokens: int | None) -> None:
+        text = self.config.text_config
+        stretch = text.rope_parameters.get("factor", 1.0) if text.rope_parameters["rope_type"] == "dynamic" else 1.0
+        limit = int(text.max_position_embeddings * stretch)
+        if prompt_length >= limit:
+            raise ValueError(
+                f"the conversation has {prompt_length} tokens, more than this model's limit of {limit}; "
+                "shorten it or lower max_tiles"
+            )
+        if new_tokens and prompt_length + new_tokens > limit:
+            logger.info("the answer may reach the model's limit of %d tokens", limit)
+
+    def _use_fast_dtype(self) -> None:
+        """bfloat16 on a CPU without bfloat16 matrix units is about four times slower than float32: go up to float32."""
+        if self.device.type != "cpu" or self.dtype != torch.bfloat16 or cpu_has_bfloat16_units():
+            return
+        if getattr(self, "is_quantized", False) or getattr(self, "hf_device_map", None):
+            return
+        logger.info("this CPU has no bfloat16 matrix units: chat converts the model to float32")
+        self.float()
+
+
+def cpu_has_bfloat16_units() -> bool:
+    """Whether matrix products in bfloat16 are fast on this CPU (x86 AMX or AVX512-BF16)."""
+    return any(getattr(torch.cpu, name, bool)() for name in ("_is_amx_tile_supported", "_is_avx512_bf16_supported"))
+
+
+def place_images(prompt: str, count: int) -> str:
+    """Put marks for `count` pictures in front of a prompt that has none; check the number if it has some.
+
+    Raises:
+        ValueError: naming both counts.
+    """
+    marks = prompt.count("<image>")
+    if count < 0 or (marks and marks != count) or (count < marks):
+        raise ValueError(
+            f"{marks} <image> marks in the prompt, but {max(count, 0)} pictures are left for it after the history's; "
+            "give as many pictures as marks"
+        )
+    if marks or count == 0:
+        return prompt
+    if count == 1:
+        return f"<image>\n{prompt}"
+    return "".join(f"Image-{i + 1}: <image>\n" for i in range(count)) + prompt
+
+
+def _repeat_groups(rows: torch.Tensor, sizes: list[int], times: int) -> torch.Tensor:
+    """Split [n, ...] into consecutive groups and repeat each group `times` times: a b -> a a b b."""
+    if sum(sizes) != rows.shape[0]:
+        raise ValueError(f"{rows.shape[0]} rows of pictures for {sum(sizes)} places in the input; they must match")
+    return torch.cat([group for group in rows.split(sizes) for _ in range(times)])
+
+
+class AnswerStreamer:
+    """Turns generated ids into pieces of the answer and hands them to the caller's streamer.
+
+    The pieces are whole characters and, joined, exactly what `chat` returns.
+    """
+
+    def __init__(self, target: Any, answer_text: Callable[[list[int], bool], str]):
+        self.target, self.answer_text = target, answer_text
+        self.ids: list[int] = []
+        self.sent = 0
+        self.prompt_seen = False
+
+    def put(self, value: torch.Tensor) -> None:
+        if not self.prompt_seen:
+            self.prompt_seen = True
+            return
+        self.ids.extend(value.reshape(-1).tolist())
+        self._send(self.answer_text(self.ids, True), end=False)
+
+    def end(self) -> None:
+        self._send(self.answer_text(self.ids, False), end=True)
+
+    def _send(self, text: str, end: bool) -> None:
+        # White space at the end is held back: the finished answer is stripped.
+        piece = text[self.sent :]
+        self.sent += len(piece)
+        if hasattr(self.target, "on_finalized_text"):
+            if piece or end:
+                self.target.on_finalized_text(piece, stream_end=end)
+        elif piece:
+            self.target(piece)
+
+
+MonoInternVLForCausalLM.register_for_auto_class("AutoModel")
+
+__all__ = ["MonoInternVLForCausalLM", "MonoInternVLModel", "MonoInternVLPreTrainedModel", "MonoInternVLTextModel"]

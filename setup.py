@@ -1,0 +1,49 @@
+"""The repository is the package: root files are `mono_internvl`, folders are its subpackages."""
+
+import re
+from pathlib import Path
+
+from setuptools import setup
+
+
+ROOT = Path(__file__).parent
+VERSION = re.search(r'^__version__ = "(.+)"$', (ROOT / "__init__.py").read_text(encoding="utf-8"), re.M)[1]  # type: ignore[index]
+
+TRAIN = ["accelerate", "peft", "datasets", "tensorboard"]
+EVAL = ["matplotlib"]
+
+setup(
+    name="mono-internvl",
+    version=VERSION,
+    description="Mono-InternVL, a monolithic multimodal LLM, on today's transformers",
+    long_description=(ROOT / "README.md").read_text(encoding="utf-8"),
+    long_description_content_type="text/markdown",
+    license="MIT",
+    python_requires=">=3.10",
+    package_dir={"mono_internvl": "."},
+    packages=[
+        "mono_internvl",
+        *(f"mono_internvl.{name}" for name in ("cli", "evaluation", "tokenization", "training")),
+    ],
+    # The nano model travels with the package: `mono-internvl chat` works without a network.
+    package_data={"mono_internvl": ["*.json", "*.jinja", "*.safetensors", "LICENSE", "NOTICE"]},
+    install_requires=[
+        "torch",
+        "transformers>=5.17,<6",
+        "safetensors",
+        "huggingface_hub",
+        "pillow>=10",
+        "numpy>=1.26",
+        "protobuf",
+        "typer",
+        "rich",
+    ],
+    extras_require={
+        "train": TRAIN,
+        "droppath": ["timm"],
+        "flash": ["flash-attn"],
+        "eval": EVAL,
+        "dev": [*TRAIN, *EVAL, "trl", "pytest", "ruff", "mypy"],
+    },
+    entry_points={"console_scripts": ["mono-internvl = mono_internvl.cli:main"]},
+)

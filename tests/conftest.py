@@ -1,0 +1,65 @@
+"""Shared test helpers: where the golden numbers lie, and a tiny model of our own."""
+
+from pathlib import Path
+
+import pytest
+import torch
+from mono_internvl import MonoInternVLConfig, MonoInternVLForCausalLM
+from safetensors.torch import load_file
+
+
+ROOT = Path(__file__).resolve().parent.parent
+SHARED_GOLDEN = ROOT.parent / "shared" / "golden"
+# The part of the golden numbers that travels with the repository.
+LOCAL_GOLDEN = ROOT / "tests" / "golden"
+
+
+def golden(*parts: str) -> Path:
+    """A golden file: the copy in tests/golden, else the shared one; skips where neither is there."""
+    for base in (LOCAL_GOLDEN, SHARED_GOLDEN):
+        if (path := base.joinpath(*parts)).exists():
+            return path
+    pytest.skip(f"needs golden/{'/'.join(parts)}, which is not part of this repository")
+
+
+def load_golden(*parts: str) -> dict[str, torch.Tensor]:
+    return load_file(golden(*parts))
+
+
+@pytest.fixture(scope="session")
+def variant_a() -> MonoInternVLForCausalLM:
+    """The golden model in the official layout, on eager attention and float32."""
+    folder = golden("variant_a", "model.safetensors").parent
+    model = MonoInternVLForCausalLM.from_pretrained(folder, image_token_id=393, attn_implementation="eager")
+    return model.eval()
+
+
+def tiny_config(**overrides) -> MonoInternVLConfig:
+    text = {
+        "vocab_size": 120,
+        "hidden_size": 64,
+        "intermediate_size": 96,
+        "num_hidden_layers": 3,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "max_position_embeddings": 512,
+        **overrides.pop("text_config", {}),
+    }
+    vision = {"hidden_size": 16, "image_size": 56, **overrides.pop("vision_config", {})}
+    return MonoInternVLConfig(text_config=text, vision_config=vision, image_token_id=113, **overrides)
+
+
+def tiny_model(seed: int = 0, **overrides) -> MonoInternVLForCausalLM:
+    """A random model whose experts differ and whose logits are spread, so that tests can fail."""
+    torch.manual_seed(seed)
+    model = MonoInternVLForCausalLM(tiny_config(**overrides))
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if "norm" not in name:
+                parameter.normal_(std=0.15)
+    return model.eval()
+
+
+@pytest.fixture
+def tiny():
+    return tiny_model()

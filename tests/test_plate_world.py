@@ -1,0 +1,297 @@
+"""The plate world: layouts, drawing, questions, the evaluation's own pictures, and scoring."""
+
+from __future__ import annotations
+
+import colorsys
+import random
+import sys
+import time
+from collections import Counter
+from itertools import combinations
+
+import pytest
+from PIL import Image, ImageChops
+
+from mono_internvl.evaluation import plate_pictures
+from mono_internvl.evaluation.scoring import box_iou, is_correct, parse_caption, score_answers
+from mono_internvl.training.plate_world import (
+    CANONICAL,
+    CATEGORIES,
+    COLORS,
+    HELD_OUT_FONTS,
+    POSITIONS,
+    SHAPES,
+    Item,
+    Plate,
+    caption_of,
+    draw_plate,
+    position_of,
+    questions,
+    sample_plate,
+    training_fonts,
+)
+
+
+@pytest.fixture(scope="module")
+def plates() -> list[Plate]:
+    rng = random.Random(0)
+    return [sample_plate(rng, with_number=0.4) for _ in range(400)]
+
+
+def centroid(item: Item) -> tuple[int, int]:
+    if not item.points:
+        x, y = item.center
+    else:
+        x = sum(x for x, _ in item.points) / len(item.points)
+        y = sum(y for _, y in item.points) / len(item.points)
+    return int(x), int(y)
+
+
+def name_of(color: tuple[int, int, int]) -> str:
+    """The colour's name by hue, judged apart from the generator's tables."""
+    hue, _, value = colorsys.rgb_to_hsv(*(channel / 255 for channel in color))
+    if value < 0.2:
+        return "black"
+    limits = [(12, "red"), (43, "orange"), (68, "yellow"), (165, "green"), (255, "blue"), (325, "purple"), (361, "red")]
+    return next(name for limit, name in limits if hue * 360 < limit)
+
+
+def test_one_seed_gives_one_picture_and_one_list_of_questions():
+    def everything(seed: int) -> tuple[Plate, bytes, list]:
+        rng = random.Random(seed)
+        plate = sample_plate(rng)
+        return plate, draw_plate(plate, rng).tobytes(), questions(plate, rng)
+
+    for seed in range(30):
+        assert everything(seed) == everything(seed)
+    assert everything(1) != everything(2)
+
+
+def test_items_lie_inside_the_picture_and_apart(plates):
+    for plate in plates:
+        assert plate.items
+        for item in plate.items:
+            x1, y1, x2, y2 = item.box
+            assert 0 <= x1 < x2 <= plate.width and 0 <= y1 < y2 <= plate.height
+        for first, second in combinations(plate.items, 2):
+            a, b = first.box, second.box
+            assert a[2] < b[0] or b[2] < a[0] or a[3] < b[1] or b[3] < a[1]
+
+
+def test_sizes_counts_and_numbers_cover_the_world(plates):
+    assert {len(plate.shapes) for plate in plates} == {0, 1, 2, 3, 4, 5}
+    assert {item.kind for plate in plates for item in plate.shapes} == set(SHAPES)
+    assert {item.color for plate in plates for item in plate.items} == set(COLORS)
+    assert {len(plate.number.text) for plate in plates if plate.number} == {1, 2, 3}
+    assert all(96 <= side <= 320 for plate in plates for side in (plate.width, plate.height))
+    ratios = [max(plate.width, plate.height) / min(plate.width, plate.height) for plate in plates]
+    assert sum(ratio <= 2.01 for ratio in ratios) / len(ratios) > 0.85 and max(ratios) > 2.2
+    only_shapes = [sample_plate(random.Random(seed), max_shapes=1, with_number=0) for seed in range(50)]
+    assert all(len(plate.items) == 1 and plate.number is None for plate in only_shapes)
+    assert all(sample_plate(random.Random(seed), max_shapes=0).number is not None for seed in range(20))
+
+
+def test_wrong_arguments_name_what_is_allowed():
+    with pytest.raises(ValueError, match="max_shapes must be 0 to 5, not 6"):
+        sample_plate(random.Random(0), max_shapes=6)
+    with pytest.raises(ValueError, match="at least 32"):
+        sample_plate(random.Random(0), size=(10, 20))
+
+
+def test_the_picture_shows_the_named_colors_where_the_items_are(plates):
+    rng = random.Random(1)
+    for plate in plates[:200]:
+        image = draw_plate(plate, rng)
+        assert image.mode == "RGB" and image.size == (plate.width, plate.height)
+        for item in plate.items:
+            assert name_of(item.fill) == item.color
+            if item.kind == "number":
+                continue
+            pixel = image.getpixel(centroid(item))
+            assert max(abs(a - b) for a, b in zip(pixel, item.fill, strict=True)) < 70, item
+
+
+def test_boxes_are_tight(plates):
+    rng = random.Random(2)
+    for plate in plates[:150]:
+        for item in plate.items:
+            alone = Plate(plate.width, plate.height, (255, 255, 255), (item,))
+            blank = Image.new("RGB", (plate.width, plate.height), "white")
+            undamaged = [draw_plate(alone, rng) for _ in range(6)]
+            image = min(undamaged, key=lambda image: len(set(image.crop((0, 0, image.width, 1)).getdata())))
+            difference = ImageChops.difference(image, blank).convert("L").point(lambda value: 255 * (value > 12))
+            ink = difference.getbbox()
+            assert ink is not None
+            assert all(abs(a - b) <= 3 for a, b in zip(ink, item.box, strict=True)), (item, ink)
+
+
+def test_items_without_drawing_details_are_drawn_plain():
+    plate = Plate(
+        200,
+        100,
+        (255, 255, 255),
+        (
+            Item("star", "red", (10, 10, 60, 60)),
+            Item("circle", "blue", (70, 10, 120, 60)),
+            Item("number", "green", (130, 20, 190, 60), "42"),
+        ),
+    )
+    image = draw_plate(plate, random.Random(3))
+    assert name_of(image.getpixel((35, 37))) == "red"
+    assert name_of(image.getpixel((95, 35))) == "blue"
+    assert ImageChops.difference(image.crop((130, 20, 190, 60)), Image.new("RGB", (60, 40), "white")).getbbox()
+
+
+def test_fonts_leave_out_the_held_out_ones():
+    families = training_fonts()
+    assert families[0] == ("",)
+    for path in (path for family in families[1:] for path in family):
+        name = path.replace("\\", "/").rsplit("/", 1)[-1].lower().replace("-", "").replace("_", "")
+        assert not name.startswith(HELD_OUT_FONTS)
+
+
+@pytest.mark.parametrize(
+    ("x", "y", "name"),
+    [
+        (0.5, 0.5, "center"),
+        (0.42, 0.58, "center"),
+        (0.25, 0.25, "top left"),
+        (0.15, 0.15, "top left"),
+        (0.35, 0.3, "top left"),
+        (0.75, 0.2, "top right"),
+        (0.3, 0.8, "bottom left"),
+        (0.66, 0.66, "bottom right"),
+        (0.5, 0.2, None),
+        (0.9, 0.5, None),
+    ],
+)
+def test_position_names(x, y, name):
+    plate = Plate(300, 200, (255, 255, 255), ())
+    assert position_of(Item("circle", "red", (300 * x - 9, 200 * y - 9, 300 * x + 9, 200 * y + 9)), plate) == name
+
+
+def test_captions_do_not_depend_on_order():
+    box = (0.0, 0.0, 1.0, 1.0)
+    items = [
+        Item("number", "black", box, "42"),
+        Item("star", "green", box),
+        Item("circle", "red", box),
+    ]
+    for _ in range(3):
+        items = items[1:] + items[:1]
+        assert caption_of(items) == "a red circle, a green star and the number 42"
+    assert caption_of([Item("square", "green", box), *[Item("star", "blue", box)] * 2]) == (
+        "a green square and two blue stars"
+    )
+    assert caption_of([Item("star", "orange", box)]) == "an orange star"
+
+
+def test_questions_agree_with_the_items(plates):
+    rng = random.Random(4)
+    seen = Counter()
+    canonical = 0
+    for plate in plates:
+        kinds = Counter(item.kind for item in plate.shapes)
+        asked = questions(plate, rng)
+        for qa in asked:
+            seen[qa.category] += 1
+            words = qa.question.lower().replace("colour", "color")
+            if qa.category == "shape":
+                assert kinds[qa.answer] >= 1
+                if qa.question == CANONICAL["shape"]:
+                    assert len(plate.shapes) == 1
+                    canonical += 1
+            elif qa.category == "color":
+                owners = [item for item in plate.items if item.kind in words] or list(plate.items)
+                assert [item.color for item in owners] == [qa.answer]
+            elif qa.category == "count":
+                kind = next((shape for shape in SHAPES if shape in words), None)
+                color = next((color for color in COLORS if f"{color} " in words and kind), None)
+                expected = [
+                    item
+                    for item in plate.shapes
+                    if (kind is None or item.kind == kind) and (color is None or item.color == color)
+                ]
+                assert qa.answer == str(len(expected))
+            elif qa.category == "number":
+                assert qa.answer == plate.number.text
+            elif qa.category == "position":
+                kind = next(kind for kind in (*SHAPES, "number") if kind in words)
+                color = next((color for color in COLORS if f"{color} {kind}" in words), None)
+                (item,) = [item for item in plate.items if item.kind == kind and color in (None, item.color)]
+                assert qa.answer == position_of(item, plate) in POSITIONS
+            elif qa.category == "caption":
+                assert qa.answer == caption_of(plate.items)
+                assert sum(parse_caption(qa.answer).values()) == len(plate.items)
+            else:
+                values = [int(value) for value in qa.answer.split("[[")[1].split("]]")[0].split(", ")]
+                assert len(values) == 4 and all(0 <= value <= 1000 for value in values)
+                assert values[0] < values[2] and values[1] < values[3]
+                assert qa.answer.split("<box>")[0] in qa.question
+    assert set(seen) == set(CATEGORIES)
+    assert canonical > 30
+
+
+def test_box_is_relative_to_the_picture():
+    plate = Plate(200, 100, (255, 255, 255), (Item("circle", "red", (20.0, 10.0, 60.0, 50.0)),))
+    answers = [qa.answer for qa in questions(plate, random.Random(0)) if qa.category == "box"]
+    assert answers == ["<ref>red circle</ref><box>[[100, 100, 300, 500]]</box>"]
+
+
+def test_drawing_speed_is_reported(plates, record_property, capsys):
+    rng = random.Random(5)
+    start = time.perf_counter()
+    for plate in plates:
+        draw_plate(plate, rng)
+    milliseconds = (time.perf_counter() - start) / len(plates) * 1000
+    record_property("draw_plate_milliseconds", round(milliseconds, 3))
+    with capsys.disabled():
+        sys.stdout.write(f" [{milliseconds:.2f} ms a picture] ")
+
+
+def test_evaluation_set_is_balanced_repeatable_and_canonical():
+    pytest.importorskip("matplotlib")
+    rows = list(plate_pictures.evaluation_set(count=60, seed=1))
+    assert Counter(category for _, category, _, _ in rows) == dict.fromkeys(plate_pictures.CATEGORIES, 10)
+    answers: dict[str, Counter] = {category: Counter() for category in plate_pictures.CATEGORIES}
+    for image, category, question, answer in rows:
+        assert image.mode == "RGB" and all(200 <= side <= 640 for side in image.size)
+        assert len(image.getcolors(image.width * image.height)) > 1
+        assert question.startswith(CANONICAL[category].split("{")[0])
+        answers[category][str(len(answer)) if category == "number" else answer] += 1
+    assert set(answers["shape"]) == set(SHAPES)
+    assert set(answers["color"]) == set(COLORS)
+    assert set(answers["position"]) == set(POSITIONS)
+    assert set(answers["count"]) == set("12345")
+    assert set(answers["number"]) == set("123")
+    again = list(plate_pictures.evaluation_set(count=6, seed=1))
+    assert [row[0].tobytes() for row in again] == [row[0].tobytes() for row in rows[:6]]
+    assert [row[1:] for row in again] == [row[1:] for row in rows[:6]]
+
+
+def test_evaluation_without_matplotlib_says_how_to_install_it(monkeypatch):
+    monkeypatch.setitem(sys.modules, "matplotlib", None)
+    with pytest.raises(ImportError, match=r"pip install mono-internvl\[eval\]"):
+        next(plate_pictures.evaluation_set(1))
+
+
+def test_scores():
+    records = [
+        ("color", "red", " Red.\n"),
+        ("color", "red", "dark red"),
+        ("caption", "two blue stars and a green square", "a green square, a blue star and a blue star"),
+        ("caption", "a red circle", "a red circle and a dog"),
+        ("caption", "a red circle and the number 42", "an red circle, the number 42."),
+        ("box", "<box>[[100, 100, 200, 200]]</box>", "<box>[[110, 100, 200, 200]]</box>"),
+        ("box", "<box>[[100, 100, 200, 200]]</box>", "top left"),
+    ]
+    assert score_answers(records) == {"color": (1, 2), "caption": (2, 3), "box": (1, 2)}
+    with pytest.raises(ValueError, match="plate world's words"):
+        is_correct("caption", "a cat", "a cat")
+
+
+def test_box_iou():
+    assert box_iou((0, 0, 10, 10), (0, 0, 10, 10)) == 1
+    assert box_iou((0, 0, 10, 10), (5, 0, 15, 10)) == pytest.approx(1 / 3)
+    assert box_iou((0, 0, 10, 10), (10, 10, 20, 20)) == 0
+    assert box_iou((10, 10, 0, 0), (0, 0, 10, 10)) == 0

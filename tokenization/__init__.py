@@ -1,0 +1,15 @@
+"""From InternLM2's SentencePiece file to `tokenizer.json`, and the nano model's own tokenizer (`tokenization.nano`)."""
+
+from .internlm2 import build_tokenizer, convert_tokenizer, save_tokenizer, tokenizer_from_pieces
+from .sentencepiece_model import Piece, PieceType, SentencePieceModel, read_sentencepiece_model
+
+__all__ = [
+    "Piece",
+    "PieceType",
+    "SentencePieceModel",
+    "build_tokenizer",
+    "convert_tokenizer",
+    "read_sentencepiece_model",
+    "save_tokenizer",
+    "tokenizer_from_pieces",
+]

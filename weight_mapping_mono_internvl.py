@@ -1,0 +1,121 @@
+"""The official checkpoint layout <-> ours, applied by transformers while it loads and saves.
+
+    official (OpenGVLab/Mono-InternVL-2B)                       ours
+    vision_model.embeddings.*                                   model.vision_embeddings.*
+    mlp1.{0,1,3}.*                                              model.multi_modal_projector.{layer_norm,linear_1,linear_2}.*
+    language_model.model.tok_embeddings / norm                  model.language_model.embed_tokens / norm
+    language_model.model.layers.N.attention.wqkv                ...layers.N.self_attn.{q,k,v}_proj        (regrouped)
+    ....attention.wo / attention_norm / ffn_norm                ...self_attn.o_proj / input_layernorm / post_attention_layernorm
+    ....feed_forward.{w1,w3,w2} / feed_forward_ve.{w1,w3,w2}    ...mlp / visual_mlp .{gate,up,down}_proj
+    language_model.output                                       lm_head
+
+Keys already in our layout match no pattern and pass through, so one class loads both. Patterns are disjoint and anchored:
+transformers applies them backwards on saving, where a catch-all would swallow another's keys.
+"""
+
+import torch
+from transformers.conversion_mapping import register_checkpoint_conversion_mapping
+from transformers.core_model_loading import ConversionOps, WeightConverter, WeightRenaming
+
+
+def split_grouped_qkv(wqkv: torch.Tensor, heads: int, kv_heads: int, head_dim: int) -> tuple[torch.Tensor, ...]:
+    """InternLM2's grouped `wqkv` [kv_heads * (G + 2) * head_dim, ...] -> (q, k, v), G = heads / kv_heads.
+
+    Each of the kv_heads blocks holds G query heads, then its key head, then its value head (arXiv 2403.17297, sec. 2.2).
+    Works on weights [rows, in] and biases [rows].
+    """
+    groups = heads // kv_heads
+    expected = kv_heads * (groups + 2) * head_dim
+    if wqkv.shape[0] != expected:
+        raise ValueError(f"wqkv has {wqkv.shape[0]} rows; {heads} heads, {kv_heads} kv heads of {head_dim} need {expected}")
+    blocks = wqkv.reshape(kv_heads, groups + 2, head_dim, *wqkv.shape[1:])
+    q, k, v = blocks[:, :groups], blocks[:, groups], blocks[:, groups + 1]
+    return tuple(part.reshape(-1, *wqkv.shape[1:]).contiguous() for part in (q, k, v))
+
+
+def merge_grouped_qkv(
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, heads: int, kv_heads: int, head_dim: int
+) -> torch.Tensor:
+    """The inverse of `split_grouped_qkv`."""
+    groups, rest = heads // kv_heads, q.shape[1:]
+    parts = (
+        q.reshape(kv_heads, groups, head_dim, *rest),
+        k.reshape(kv_heads, 1, head_dim, *rest),
+        v.reshape(kv_heads, 1, head_dim, *rest),
+    )
+    return torch.cat(parts, dim=1).reshape(-1, *rest).contiguous()
+
+
+def _head_layout(config) -> dict[str, int]:  # type: ignore[no-untyped-def]
+    text = config.get_text_config()
+    return {"heads": text.num_attention_heads, "kv_heads": text.num_key_value_heads, "head_dim": text.head_dim}
+
+
+def _only_tensor(value: torch.Tensor | list[torch.Tensor]) -> torch.Tensor:
+    return value[0] if isinstance(value, list) else value
+
+
+class SplitGroupedQKV(ConversionOps):
+    """Loading: one grouped `wqkv` becomes `q_proj`, `k_proj` and `v_proj`."""
+
+    @torch.no_grad
+    def convert(self, input_dict, source_patterns, target_patterns, config, **kwargs):  # type: ignore[no-untyped-def]
+        (wqkv,) = (_only_tensor(value) for value in input_dict.values())
+        return dict(zip(target_patterns, split_grouped_qkv(wqkv, **_head_layout(config)), strict=True))
+
+    @property
+    def reverse_op(self) -> ConversionOps:
+        return MergeGroupedQKV()
+
+
+class MergeGroupedQKV(ConversionOps):
+    """Saving in the official layout: `q_proj`, `k_proj`, `v_proj` become one grouped `wqkv`."""
+
+    @torch.no_grad
+    def convert(self, input_dict, source_patterns, target_patterns, config, **kwargs):  # type: ignore[no-untyped-def]
+        q, k, v = (_only_tensor(input_dict[pattern]) for pattern in source_patterns)
+        (target,) = target_patterns
+        return {target: merge_grouped_qkv(q, k, v, **_head_layout(config))}
+
+    @property
+    def reverse_op(self) -> ConversionOps:
+        return SplitGroupedQKV()
+
+
+_FFN = {"w1": "gate_proj", "w3": "up_proj", "w2": "down_proj"}
+
+# (official, ours): regular expressions without groups, so that each side can serve as the pattern and as the text.
+RENAMINGS: tuple[tuple[str, str], ...] = (
+    (r"^vision_model\.embeddings\.", r"^model\.vision_embeddings\."),
+    (r"^mlp1\.0\.", r"^model\.multi_modal_projector\.layer_norm\."),
+    (r"^mlp1\.1\.", r"^model\.multi_modal_projector\.linear_1\."),
+    (r"^mlp1\.3\.", r"^model\.multi_modal_projector\.linear_2\."),
+    (r"^language_model\.model\.tok_embeddings\.", r"^model\.language_model\.embed_tokens\."),
+    (r"^language_model\.model\.norm\.", r"^model\.language_model\.norm\."),
+    (r"^language_model\.model\.layers\.", r"^model\.language_model\.layers\."),
+    (r"^language_model\.output\.", r"^lm_head\."),
+    (r"\.attention_norm\.", r"\.input_layernorm\."),
+    (r"\.ffn_norm\.", r"\.post_attention_layernorm\."),
+    (r"\.attention\.wo\.", r"\.self_attn\.o_proj\."),
+    *((rf"\.feed_forward\.{w}\.", rf"\.mlp\.{name}\.") for w, name in _FFN.items()),
+    *((rf"\.feed_forward_ve\.{w}\.", rf"\.visual_mlp\.{name}\.") for w, name in _FFN.items()),
+)
+
+
+def checkpoint_mapping() -> list[WeightRenaming | WeightConverter]:
+    """The conversion list in transformers' terms."""
+    renamings = [WeightRenaming(source, target) for source, target in RENAMINGS]
+    converters = [
+        WeightConverter(
+            f".attention.wqkv.{kind}",
+            [f".self_attn.{part}_proj.{kind}" for part in "qkv"],
+            operations=[SplitGroupedQKV()],
+        )
+        for kind in ("weight", "bias")
+    ]
+    return [*renamings, *converters]
+
+
+def register_checkpoint_mapping(model_type: str) -> None:
+    """Tell transformers about the official layout (again: remote code is imported anew under each hash)."""
+    register_checkpoint_conversion_mapping(model_type, checkpoint_mapping(), overwrite=True)
