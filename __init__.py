@@ -25,7 +25,9 @@ for _auto_class in (AutoModel, AutoModelForCausalLM, AutoModelForImageTextToText
     _auto_class.register(MonoInternVLConfig, MonoInternVLForCausalLM, exist_ok=True)
 AutoProcessor.register(MonoInternVLConfig, MonoInternVLProcessor, exist_ok=True)
 try:
-    AutoImageProcessor.register(MonoInternVLConfig, slow_image_processor_class=MonoInternVLImageProcessor, exist_ok=True)
+    AutoImageProcessor.register(
+        MonoInternVLConfig, slow_image_processor_class=MonoInternVLImageProcessor, exist_ok=True
+    )
 except ImportError:
     # Before 5.18 this class is a placeholder that wants torchvision; the processor loads ours by name.
     pass

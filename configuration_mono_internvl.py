@@ -14,6 +14,15 @@ from transformers.configuration_utils import PreTrainedConfig
 
 
 VISUAL_ATTENTION_EXPERTS = ("none", "qkv", "qkvo")
+# Where remote code finds each class; `AutoModel` is the model that chats.
+AUTO_MAP = {
+    "AutoConfig": "configuration_mono_internvl.MonoInternVLConfig",
+    "AutoModel": "modeling_mono_internvl.MonoInternVLForCausalLM",
+    "AutoModelForCausalLM": "modeling_mono_internvl.MonoInternVLForCausalLM",
+    "AutoModelForImageTextToText": "modeling_mono_internvl.MonoInternVLForCausalLM",
+    "AutoProcessor": "processing_mono_internvl.MonoInternVLProcessor",
+    "AutoImageProcessor": "image_processing_mono_internvl.MonoInternVLImageProcessor",
+}
 # One visual token covers 2 x 2 of the 14-px patches of the released model.
 PATCHES_PER_TOKEN_SIDE = 2
 
@@ -175,8 +184,10 @@ class MonoInternVLConfig(PreTrainedConfig):
     tie_word_embeddings: bool = False
 
     def __post_init__(self, **kwargs: Any):
-        # `model_type` of an official file would hide the class attribute, and its `auto_map` name code that is not ours.
+        # `model_type` of an official file would hide the class attribute, and its `auto_map` names code that is not ours.
         kwargs.pop("model_type", None)
+        self.auto_map = dict(AUTO_MAP)
+        kwargs.pop("auto_map", None)
         if "llm_config" in kwargs:
             kwargs = self._read_official(kwargs)
 
@@ -186,7 +197,7 @@ class MonoInternVLConfig(PreTrainedConfig):
                 setattr(self, name, config_class())
             elif isinstance(value, dict):
                 setattr(self, name, config_class(**{key: v for key, v in value.items() if key != "model_type"}))
-            elif not isinstance(value, config_class):
+            elif not isinstance(value, PreTrainedConfig):
                 raise ValueError(f"{name} must be a dict or a {config_class.__name__}, not {type(value).__name__}")
 
         text_choice = self.text_config.visual_attention_experts
@@ -214,6 +225,10 @@ class MonoInternVLConfig(PreTrainedConfig):
         """Turn an official `config.json` into ours; what neither sub-config knows is dropped."""
         llm, vision = kwargs.pop("llm_config"), self.vision_config
         llm = llm if isinstance(llm, dict) else llm.to_dict()
+        self.architectures = None
+        if self.image_token_id == type(self).image_token_id and "vocab_size" in llm:
+            # It is not in the file: the nine new tokens are the last ids, `<IMG_CONTEXT>` the third of them.
+            self.image_token_id = llm["vocab_size"] - 7
         if self.text_config is None:
             self.text_config = _only_fields(llm, MonoInternVLTextConfig, extra=("bias", "rope_theta", "rope_scaling"))
         if vision is not None and not isinstance(vision, MonoInternVLVisionConfig):

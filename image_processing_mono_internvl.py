@@ -17,6 +17,7 @@ import functools
 import io
 import logging
 import os
+import struct
 import threading
 import urllib.parse
 import warnings
@@ -192,10 +193,9 @@ def load_image(source: Any, *, max_pixels: int | None = DEFAULT_MAX_PIXELS) -> I
     if isinstance(source, (str, os.PathLike)):
         return _from_path(source, max_pixels)
     if callable(getattr(source, "read", None)):
-        name = getattr(source, "name", None)
-        return _from_bytes(
-            source.read(), _shorten(name) if isinstance(name, str) else "picture given as file", max_pixels
-        )
+        file_name = getattr(source, "name", None)
+        name = _shorten(file_name) if isinstance(file_name, str) else "picture given as file"
+        return _from_bytes(source.read(), name, max_pixels)
     raise TypeError(
         "a picture must be a PIL image, a path, an http(s) or data: URL, bytes, a binary file, a numpy array or a torch "
         f"tensor, got {type(source).__name__}"
@@ -250,11 +250,12 @@ def _from_file(file: Any, name: str, max_pixels: int | None) -> Image.Image:
         if image.format == "EPS":
             # Pillow would hand the file to Ghostscript, that is, run a program that a stranger wrote.
             raise ValueError(f"{name} is an EPS file; convert it to a picture (PNG, JPEG) first")
-        return _to_rgb(_decode(image, name, max_pixels), name)
+        rgb = _to_rgb(_decode(image, name, max_pixels), name)
+        return rgb.copy() if rgb is image else rgb  # not bound to the file, which is closed now
 
 
 def _decode(image: Image.Image, name: str, max_pixels: int | None) -> Image.Image:
-    """Check the size of an opened picture, which is known without decoding, and decode it wholly."""
+    """Check the size of an opened picture, which is known before decoding, and decode it wholly."""
     _check_size(*image.size, name, max_pixels)
     limit = Image.MAX_IMAGE_PIXELS
     try:
@@ -269,7 +270,7 @@ def _decode(image: Image.Image, name: str, max_pixels: int | None) -> Image.Imag
         raise
     except Exception as error:  # on damaged data the format plugins raise nearly anything
         raise ValueError(f"{name} is damaged or truncated: {error}") from error
-    _check_size(*image.size, name, max_pixels)  # some formats (ICNS, EPS-like vectors) learn their size by decoding
+    _check_size(*image.size, name, max_pixels)  # some formats (ICO, ICNS) learn it by decoding
     return image
 
 
@@ -321,7 +322,9 @@ def _fetch(url: str) -> bytes:
             for chunk in response.iter_bytes():
                 data += chunk
                 if len(data) > _MAX_DOWNLOAD_BYTES:
-                    raise ValueError(f"{name} sends more than {_MAX_DOWNLOAD_BYTES // 2**20} MiB, too much for a picture")
+                    raise ValueError(
+                        f"{name} sends more than {_MAX_DOWNLOAD_BYTES // 2**20} MiB, too much for a picture"
+                    )
     except httpx.HTTPStatusError as error:
         raise ConnectionError(
             f"cannot fetch {name}: {error.response.status_code} {error.response.reason_phrase}"
@@ -375,16 +378,16 @@ def _array_to_uint8(array: np.ndarray, name: str) -> np.ndarray:
         return array.astype(np.uint8) * np.uint8(255)
     if array.dtype == np.uint16:
         return _from_16_bit(array)
+    if not np.issubdtype(array.dtype, np.integer) and not np.issubdtype(array.dtype, np.floating):
+        raise ValueError(f"{name} is no picture: the dtype must be integer, float or bool")
     low, high = array.min(), array.max()
     if np.issubdtype(array.dtype, np.integer):
         if low < 0 or high > 255:
             raise ValueError(f"{name} holds {low} to {high}: integer pictures are 0..255 (or uint16)")
         return array.astype(np.uint8)
-    if np.issubdtype(array.dtype, np.floating):
-        if not (low >= 0 and high <= 1):  # also true for NaN
-            raise ValueError(f"{name} holds {low:g} to {high:g}: float pictures are 0..1; cast 0..255 to uint8")
-        return np.rint(array.astype(np.float32) * 255).astype(np.uint8)
-    raise ValueError(f"{name} is no picture: the dtype must be integer, float or bool")
+    if not (low >= 0 and high <= 1):  # also true for NaN
+        raise ValueError(f"{name} holds {low:g} to {high:g}: float pictures are 0..1; cast 0..255 to uint8")
+    return np.rint(array.astype(np.float32) * 255).astype(np.uint8)
 
 
 def _from_16_bit(array: np.ndarray) -> np.ndarray:
@@ -412,7 +415,7 @@ def _deep_gray_to_uint8(image: Image.Image, name: str) -> np.ndarray:
             values, white = values - low, (high - low) or 1.0
         else:
             white = 1.0 if image.mode == "F" and high <= 1 else 255.0 if high <= 255 else 65535.0
-        gray = np.rint(values * (255 / white)).astype(np.uint8)
+        gray = np.rint(values / white * 255).astype(np.uint8)
     transparent = image.info.get("transparency")
     if isinstance(transparent, int):  # PNG: one gray value stands for "nothing here"
         gray = np.where(array == transparent, np.uint8(255), gray)
@@ -423,7 +426,8 @@ def _to_rgb(image: Image.Image, name: str) -> Image.Image:
     """A decoded picture of any mode -> RGB, transparency on white, upright."""
     try:
         orientation = image.getexif().get(_EXIF_ORIENTATION, 1)
-    except Exception as error:  # damaged EXIF hides the orientation, not the picture
+    except (OSError, SyntaxError, ValueError, LookupError, TypeError, AttributeError, struct.error) as error:
+        # Damaged EXIF hides the orientation, not the picture.
         logger.debug("%s: unreadable EXIF data ignored: %s", name, error)
         orientation = 1
     try:
@@ -434,7 +438,9 @@ def _to_rgb(image: Image.Image, name: str) -> Image.Image:
         else:
             rgb = image if image.mode == "RGB" else image.convert("RGB")
     except (OSError, KeyError) as error:
-        raise ValueError(f"{name} has the colour mode {image.mode}, which cannot be turned into RGB: {error}") from error
+        raise ValueError(
+            f"{name} has the colour mode {image.mode}, which cannot be turned into RGB: {error}"
+        ) from error
     if orientation in _UPRIGHT:
         rgb = rgb.transpose(_UPRIGHT[orientation])
         rgb.info = {}  # it carries the orientation, which must not be applied twice
@@ -450,7 +456,7 @@ def _is_transparent(image: Image.Image) -> bool:
 def _on_white(image: Image.Image) -> Image.Image:
     # Pillow knows no direct way from premultiplied gray to RGBA.
     rgba = (image.convert("LA") if image.mode == "La" else image).convert("RGBA")
-    if rgba.getextrema()[3] == (255, 255):
+    if rgba.getchannel("A").getextrema() == (255, 255):
         return rgba.convert("RGB")
     return Image.alpha_composite(Image.new("RGBA", rgba.size, "white"), rgba).convert("RGB")
 
@@ -504,7 +510,6 @@ class MonoInternVLImageProcessor(BaseImageProcessor):
         ValueError: tile_size is no multiple of 28, not 1 <= min_tiles <= max_tiles, or a wrong mean or std.
     """
 
-    model_input_names = ["pixel_values"]
     valid_kwargs = MonoInternVLImagesKwargs
 
     def __init__(
@@ -530,7 +535,9 @@ class MonoInternVLImageProcessor(BaseImageProcessor):
                 raise ValueError(f"{name} must be three numbers, got {values!r}")
         if not all(value > 0 for value in image_std):
             raise ValueError(f"image_std must be positive, got {image_std!r}")
-        unknown = [k for k in kwargs if k not in _SERVICE_KEYS and k not in ImagesKwargs.__annotations__ and k[0] != "_"]
+        unknown = [
+            k for k in kwargs if k not in _SERVICE_KEYS and k not in ImagesKwargs.__annotations__ and k[0] != "_"
+        ]
         if unknown:
             logger.warning("%s ignores unknown options: %s", type(self).__name__, ", ".join(sorted(unknown)))
         super().__init__(**{key: value for key, value in kwargs.items() if key in _SERVICE_KEYS})
@@ -547,10 +554,6 @@ class MonoInternVLImageProcessor(BaseImageProcessor):
     def patches_per_tile(self) -> int:
         """(S // 28) ** 2: the visual tokens of one tile."""
         return (self.tile_size // PATCH_SIZE) ** 2
-
-    def __call__(self, images: Any, **kwargs: Any) -> BatchFeature:
-        """See `preprocess`."""
-        return self.preprocess(images, **kwargs)
 
     def preprocess(
         self,
@@ -647,7 +650,9 @@ class MonoInternVLImageProcessor(BaseImageProcessor):
             fixed = getattr(self, key, None) if key in ("tile_size", "image_mean", "image_std") else None
             same = list(value) == fixed if isinstance(value, (list, tuple)) else value == fixed
             if value is not None and key not in _NEUTRAL_KWARGS and not same:
-                raise ValueError(f"'{key}' cannot be changed in a call, got {value!r}; make another {type(self).__name__}")
+                raise ValueError(
+                    f"'{key}' cannot be changed in a call, got {value!r}; make another {type(self).__name__}"
+                )
 
     def _tile_range(self, min_tiles: int | None, max_tiles: int | None) -> tuple[int, int]:
         high = self.max_tiles if max_tiles is None else max_tiles

@@ -572,9 +572,7 @@ class MonoInternVLModel(MonoInternVLPreTrainedModel):
             last_hidden_state=embedded, pooler_output=self.multi_modal_projector(embedded)
         )
 
-    def get_placeholder_mask(
-        self, input_ids: torch.Tensor | None, inputs_embeds: torch.Tensor | None
-    ) -> torch.Tensor:
+    def get_placeholder_mask(self, input_ids: torch.Tensor | None, inputs_embeds: torch.Tensor | None) -> torch.Tensor:
         """bool [B, T]: where placeholders are; without ids, where an embedding equals the placeholder's."""
         if input_ids is not None:
             return input_ids == self.config.image_token_id
@@ -729,9 +727,7 @@ class MonoInternVLForCausalLM(MonoInternVLPreTrainedModel, GenerationMixin):
         """
         wants_info = kwargs.pop("output_loading_info", False)
         tolerant = wants_info or kwargs.get("ignore_mismatched_sizes", False)
-        model, info = super().from_pretrained(
-            pretrained_model_name_or_path, *args, output_loading_info=True, **kwargs
-        )
+        model, info = super().from_pretrained(pretrained_model_name_or_path, *args, output_loading_info=True, **kwargs)
         problems = [
             f"{len(keys)} {kind}: {', '.join(sorted(str(key) for key in keys))}"
             for kind, keys in (
@@ -788,7 +784,8 @@ class MonoInternVLForCausalLM(MonoInternVLPreTrainedModel, GenerationMixin):
             ValueError: visual tokens and placeholders differ in number; both counts are named.
         """
         recorded = any(
-            kwargs.get(name, getattr(self.config, name, False)) for name in ("output_hidden_states", "output_attentions")
+            kwargs.get(name, getattr(self.config, name, False))
+            for name in ("output_hidden_states", "output_attentions")
         )
         keep = logits_to_keep if isinstance(logits_to_keep, int) and logits_to_keep > 0 and not recorded else None
         outputs = self.model(
@@ -831,9 +828,7 @@ class MonoInternVLForCausalLM(MonoInternVLPreTrainedModel, GenerationMixin):
         processors.append(SuppressTokensLogitsProcessor(forbidden, device=self.device))
         # transformers would encode a picture that is explicitly None.
         kwargs = {name: value for name, value in kwargs.items() if name != "pixel_values" or value is not None}
-        return super().generate(
-            inputs, generation_config=generation_config, logits_processor=processors, **kwargs
-        )
+        return super().generate(inputs, generation_config=generation_config, logits_processor=processors, **kwargs)
 
     def prepare_inputs_for_generation(self, input_ids, is_first_iteration=False, **kwargs):  # type: ignore[no-untyped-def]
         mask = kwargs.pop("visual_token_mask", None)
@@ -919,7 +914,9 @@ class MonoInternVLForCausalLM(MonoInternVLPreTrainedModel, GenerationMixin):
             ValueError: empty prompt, marks and pictures that do not match, a conversation that is too long, float16.
         """
         if self.dtype == torch.float16:
-            raise ValueError("chat does not run in float16, in which activations overflow to NaN: use bfloat16 or float32")
+            raise ValueError(
+                "chat does not run in float16, in which activations overflow to NaN: use bfloat16 or float32"
+            )
         if not isinstance(prompt, str) or not prompt.strip():
             raise ValueError("the prompt is empty; ask something")
         processor = processor or self._load_processor()

@@ -200,9 +200,7 @@ class MonoInternVLProcessor(ProcessorMixin):
         for messages in conversation if batched else [conversation]:
             typed: list[Segment] = []
             stand_ins, images = _take_out(messages, typed)
-            rendered = super().apply_chat_template(
-                stand_ins, chat_template, tokenize=False, **kwargs
-            )
+            rendered = super().apply_chat_template(stand_ins, chat_template, tokenize=False, **kwargs)
             prompts.append(_put_back(rendered, typed))
             pictures.append(images)
         inputs = self._encode_batch(
@@ -262,13 +260,17 @@ class MonoInternVLProcessor(ProcessorMixin):
             images = [images]
         if images and all(isinstance(group, (list, tuple)) for group in images):
             if len(images) != len(prompts):
-                raise ValueError(f"{len(images)} lists of pictures for {len(prompts)} prompts; give one list per prompt")
+                raise ValueError(
+                    f"{len(images)} lists of pictures for {len(prompts)} prompts; give one list per prompt"
+                )
             return [list(group) for group in images]
         if len(prompts) == 1:
             return [list(images)]
         wanted = [sum(len(_runs(segment.text)) for segment in prompt) for prompt in prompts]
         if sum(wanted) != len(images):
-            raise ValueError(f"{sum(wanted)} image placeholders in the prompts for {len(images)} pictures; they must match")
+            raise ValueError(
+                f"{sum(wanted)} image placeholders in the prompts for {len(images)} pictures; they must match"
+            )
         left = iter(images)
         return [[next(left) for _ in range(count)] for count in wanted]
 
@@ -339,7 +341,9 @@ class MonoInternVLProcessor(ProcessorMixin):
         for text, origin in prompt:
             template = origin == "template"
             table, pattern = (
-                (self._control_ids, self._control_pattern) if template else (self._grounding_ids, self._grounding_pattern)
+                (self._control_ids, self._control_pattern)
+                if template
+                else (self._grounding_ids, self._grounding_pattern)
             )
             for i, piece in enumerate(pattern.split(text)):
                 if piece == "" and i % 2 == 0:
@@ -488,7 +492,9 @@ class MonoInternVLProcessor(ProcessorMixin):
 
     # ---- engines
 
-    def _get_num_multimodal_tokens(self, image_sizes: Sequence[tuple[int, int]] | None = None, **kwargs: Any) -> MultiModalData:
+    def _get_num_multimodal_tokens(
+        self, image_sizes: Sequence[tuple[int, int]] | None = None, **kwargs: Any
+    ) -> MultiModalData:
         """Visual tokens and tiles of pictures given by (height, width), each with a whole budget of tiles."""
         if image_sizes is None:
             return MultiModalData()
@@ -536,7 +542,9 @@ def _take_out(messages: Sequence[dict[str, Any]], typed: list[Segment]) -> tuple
             if part.get("type") == "text":
                 parts.append({"type": "text", "text": stand_in(part["text"], role)})
             elif part.get("type") == "image":
-                source = next((part[key] for key in ("image", "url", "path", "base64") if part.get(key) is not None), None)
+                source = next(
+                    (part[key] for key in ("image", "url", "path", "base64") if part.get(key) is not None), None
+                )
                 if source is None:
                     raise ValueError("an image part needs one of 'image', 'url', 'path' and 'base64'")
                 images.append(source)
@@ -565,7 +573,9 @@ def _guard_line_breaks(rendered: str, typed: list[Segment]) -> str:
 
 
 def _read_json(path: str, name: str, **kwargs: Any) -> dict[str, Any]:
-    options = {key: kwargs[key] for key in ("revision", "token", "cache_dir", "local_files_only", "subfolder") if key in kwargs}
+    options = {
+        key: kwargs[key] for key in ("revision", "token", "cache_dir", "local_files_only", "subfolder") if key in kwargs
+    }
     found = cached_file(path, name, _raise_exceptions_for_missing_entries=False, **options)
     return json.loads(Path(found).read_text(encoding="utf-8")) if found else {}
 
@@ -589,7 +599,9 @@ def _load_image_processor(path: str, **kwargs: Any) -> MonoInternVLImageProcesso
 
 def _load_tokenizer(path: str, **kwargs: Any) -> Any:
     """`tokenizer.json` as it is; an official folder's `tokenizer.model` is converted (needs the installed package)."""
-    options = {key: kwargs[key] for key in ("revision", "token", "cache_dir", "local_files_only", "subfolder") if key in kwargs}
+    options = {
+        key: kwargs[key] for key in ("revision", "token", "cache_dir", "local_files_only", "subfolder") if key in kwargs
+    }
     if cached_file(path, "tokenizer.json", _raise_exceptions_for_missing_entries=False, **options):
         return AutoTokenizer.from_pretrained(path, trust_remote_code=False, **options)
     model_file = cached_file(path, "tokenizer.model", _raise_exceptions_for_missing_entries=False, **options)

@@ -27,7 +27,9 @@ def split_grouped_qkv(wqkv: torch.Tensor, heads: int, kv_heads: int, head_dim: i
     groups = heads // kv_heads
     expected = kv_heads * (groups + 2) * head_dim
     if wqkv.shape[0] != expected:
-        raise ValueError(f"wqkv has {wqkv.shape[0]} rows; {heads} heads, {kv_heads} kv heads of {head_dim} need {expected}")
+        raise ValueError(
+            f"wqkv has {wqkv.shape[0]} rows; {heads} heads, {kv_heads} kv heads of {head_dim} need {expected}"
+        )
     blocks = wqkv.reshape(kv_heads, groups + 2, head_dim, *wqkv.shape[1:])
     q, k, v = blocks[:, :groups], blocks[:, groups], blocks[:, groups + 1]
     return tuple(part.reshape(-1, *wqkv.shape[1:]).contiguous() for part in (q, k, v))

@@ -19,6 +19,7 @@ from PIL import Image
 
 from ..training.plate_world import CANONICAL, COLORS, POSITIONS, SHAPES, Item, caption_of
 
+
 CATEGORIES = ("shape", "color", "count", "number", "position", "caption")
 DPI = 100
 

@@ -13,6 +13,7 @@ from typing import NamedTuple
 
 from ..training.plate_world import COLORS, COUNT_WORDS, SHAPES
 
+
 BOX_IOU_THRESHOLD = 0.5
 
 

@@ -4,8 +4,9 @@ from pathlib import Path
 
 import pytest
 import torch
-from mono_internvl import MonoInternVLConfig, MonoInternVLForCausalLM
 from safetensors.torch import load_file
+
+from mono_internvl import MonoInternVLConfig, MonoInternVLForCausalLM
 
 
 ROOT = Path(__file__).resolve().parent.parent

@@ -4,6 +4,7 @@ import json
 
 import pytest
 import torch
+
 from conftest import golden, load_golden
 
 
@@ -179,5 +180,7 @@ def test_loss_and_gradients(variant_a):
     for name, grad in pairs.items():
         error = (grad - expected[name]).norm() / expected[name].norm().clamp_min(1e-12)
         assert error < 1e-4, f"{name}: {error}"
-        assert abs(float(grad.norm()) - norms["all_token_labels"][name]) < 1e-4 * max(norms["all_token_labels"][name], 1)
+        assert abs(float(grad.norm()) - norms["all_token_labels"][name]) < 1e-4 * max(
+            norms["all_token_labels"][name], 1
+        )
     variant_a.zero_grad()

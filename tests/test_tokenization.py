@@ -31,6 +31,7 @@ from mono_internvl.tokenization.nano import (
 )
 from mono_internvl.tokenization.sentencepiece_model import BYTE_PIECES, SPACE, PieceType
 
+
 SHARED = Path(__file__).resolve().parents[1].parent / "shared"
 MODEL_FILE = SHARED / "data" / "internlm2" / "tokenizer.model"
 ENCODINGS = SHARED / "golden" / "tokenizer" / "encodings.json"

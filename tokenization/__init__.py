@@ -3,6 +3,7 @@
 from .internlm2 import build_tokenizer, convert_tokenizer, save_tokenizer, tokenizer_from_pieces
 from .sentencepiece_model import Piece, PieceType, SentencePieceModel, read_sentencepiece_model
 
+
 __all__ = [
     "Piece",
     "PieceType",

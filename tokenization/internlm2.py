@@ -25,6 +25,7 @@ from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, pro
 
 from .sentencepiece_model import SPACE, Piece, PieceType, SentencePieceModel, read_sentencepiece_model
 
+
 UNK_TOKEN, BOS_TOKEN, EOS_TOKEN = "<unk>", "<s>", "</s>"
 
 # reserved piece -> its name in the InternLM2 chat models

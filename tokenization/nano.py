@@ -33,6 +33,7 @@ from .internlm2 import (
 )
 from .sentencepiece_model import BYTE_PIECES, SPACE, Piece, PieceType
 
+
 logger = logging.getLogger(__name__)
 
 DEFAULT_VOCAB_SIZE = 768

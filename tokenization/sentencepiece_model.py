@@ -15,6 +15,7 @@ from enum import IntEnum
 from pathlib import Path
 from typing import Any
 
+
 BYTE_PIECES = tuple(f"<0x{value:02X}>" for value in range(256))
 SPACE = "\u2581"  # SentencePiece writes a space as this character
 

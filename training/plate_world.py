@@ -31,6 +31,7 @@ from pathlib import Path
 
 from PIL import Image, ImageDraw, ImageFilter, ImageFont
 
+
 RGB = tuple[int, int, int]
 Box = tuple[float, float, float, float]
 Points = tuple[tuple[float, float], ...]
@@ -301,19 +302,9 @@ def _contrasting_shade(rng: random.Random, background: RGB, names: Sequence[str]
 
 # File-name beginnings, lower case, without '-' and '_': fonts that only the evaluation draws with.
 HELD_OUT_FONTS = ("dejavuserif", "stix", "cmb10", "cmex10", "cmmi10", "cmr10", "cmss10", "cmsy10", "cmti10", "cmtt10")
-# Digits of these are pictures, bars or boxes.
-_SYMBOL_FONTS = (
-    "wingding",
-    "webding",
-    "symbol",
-    "marlett",
-    "emoji",
-    "awesome",
-    "icon",
-    "barcode",
-    "dingbats",
-    "lastresort",
-)
+# Digits of the first are pictures, bars or boxes; hairlines vanish in a small picture.
+_SYMBOL_FONTS = ("wingding", "webding", "symbol", "marlett", "emoji", "awesome", "icon", "barcode", "dingbat")
+_HAIRLINE_FONTS = ("thin", "hairline", "extralight", "ultralight")
 
 
 def _font_folders() -> list[Path]:
@@ -387,7 +378,7 @@ def training_fonts(extra_folders: tuple[str, ...] = ()) -> tuple[tuple[str, ...]
                 files.setdefault(path.stem.lower().replace("-", "").replace("_", ""), path)
     families: dict[str, list[str]] = {}
     for key in sorted(files):
-        if key.startswith(HELD_OUT_FONTS) or any(word in key for word in _SYMBOL_FONTS):
+        if key.startswith(HELD_OUT_FONTS) or any(word in key for word in (*_SYMBOL_FONTS, *_HAIRLINE_FONTS)):
             continue
         if _has_digits(str(files[key])):
             family = files[key].stem.split("-")[0].lower()
@@ -557,7 +548,7 @@ def sample_plate(
     count = shape_count + has_number
     slots = _slots(rng, count)
     gap = max(2.0, 0.015 * short)
-    one_kind = rng.choice(SHAPES) if shape_count > 1 and rng.random() < 0.3 else None
+    one_kind = rng.choice(SHAPES) if shape_count > 1 and rng.random() < 0.45 else None
     one_color = rng.choice(COLORS) if shape_count > 1 and rng.random() < 0.12 else None
     low, high = {1: (0.12, 0.62), 2: (0.1, 0.44), 3: (0.09, 0.36)}.get(count, (0.08, 0.3))
     shared = rng.uniform(low, high) if rng.random() < 0.4 else None
@@ -677,8 +668,8 @@ def _place_number(
 # ---------------------------------------------------------------------------------------------------------------------
 
 
-def draw_plate(plate: Plate, rng: random.Random) -> Image.Image:
-    """The plate's picture, mode RGB. `rng` chooses anti-aliasing, outlines and (rarely) blur, noise or JPEG damage."""
+def draw_plate(plate: Plate, rng: random.Random, *, damage: bool = True) -> Image.Image:
+    """The plate's picture, mode RGB. `rng` chooses anti-aliasing, outlines and, with `damage`, blur, noise or JPEG."""
     image = Image.new("RGB", (plate.width, plate.height), plate.background)
     scale = rng.choices((1, 2, 3, 4), (15, 30, 35, 20))[0]  # 1 draws hard edges
     outline = rng.choice(("black", "white", "darker", "darker")) if rng.random() < 0.2 else None
@@ -688,11 +679,24 @@ def draw_plate(plate: Plate, rng: random.Random) -> Image.Image:
         if item.kind == "number":
             _draw_number(image, item, fill, rng)
         else:
-            _draw_shape(image, item, fill, scale, outline, thickness)
-    return _damage(image, rng)
+            ink = _outline_ink(outline, fill, plate.background)
+            _draw_shape(image, item, fill, scale, ink, thickness)
+    return _damage(image, rng) if damage else image
 
 
-def _draw_shape(image: Image.Image, item: Item, fill: RGB, scale: int, outline: str | None, thickness: float) -> None:
+def _outline_ink(style: str | None, fill: RGB, background: RGB) -> RGB | None:
+    """The outline's colour; none where it would melt into the background and eat into the shape."""
+    if style is None:
+        return None
+    if style == "darker":
+        ink = int(fill[0] * 0.6), int(fill[1] * 0.6), int(fill[2] * 0.6)
+    else:
+        ink = (0, 0, 0) if style == "black" else (255, 255, 255)
+    visible = max(abs(a - b) for a, b in zip(ink, background, strict=True)) >= 70
+    return ink if visible else None
+
+
+def _draw_shape(image: Image.Image, item: Item, fill: RGB, scale: int, outline: RGB | None, thickness: float) -> None:
     """Pastes the shape through a mask drawn `scale` times larger, which covers no more than the shape."""
     x1, y1, x2, y2 = item.box
     left, top = math.floor(x1) - 1, math.floor(y1) - 1
@@ -727,11 +731,7 @@ def _draw_shape(image: Image.Image, item: Item, fill: RGB, scale: int, outline: 
         draw.ellipse(round_box, outline=255, width=width)
     else:
         draw.line([*corners, corners[0], corners[1]], fill=255, width=width, joint="curve")
-    if outline == "darker":
-        ink = tuple(int(channel * 0.6) for channel in fill)
-    else:
-        ink = (0, 0, 0) if outline == "black" else (255, 255, 255)
-    image.paste(ink, (left, top), mask.reduce(scale) if scale > 1 else mask)
+    image.paste(outline, (left, top), mask.reduce(scale) if scale > 1 else mask)
 
 
 @lru_cache(maxsize=1)
@@ -880,10 +880,11 @@ def questions(plate: Plate, rng: random.Random) -> list[QA]:
         found.append(QA("color", _ask(rng, "color", shape="number"), number.color))
 
     for kind in SHAPES:
-        if kinds[kind]:
+        # Ones are everywhere: half of them are left out beside other kinds, so that counting is learnt.
+        if kinds[kind] > 1 or (kinds[kind] and (len(kinds) == 1 or rng.random() < 0.5)):
             found.append(QA("count", _ask(rng, "count", shape=kind), str(kinds[kind])))
     absent = [kind for kind in SHAPES if not kinds[kind]]
-    if absent and rng.random() < 0.4:
+    if absent and rng.random() < 0.25:
         found.append(QA("count", _ask(rng, "count", shape=rng.choice(absent)), "0"))
     if shapes and rng.random() < 0.6:
         found.append(QA("count", _ask(rng, "count", shape="shape"), str(len(shapes))))
