@@ -3,6 +3,8 @@
 Importing this package registers the model with transformers' `Auto*` classes.
 """
 
+from contextlib import suppress
+
 from transformers import (
     AutoConfig,
     AutoImageProcessor,
@@ -20,17 +22,17 @@ from .processing_mono_internvl import MonoInternVLProcessor
 
 __version__ = "0.1.0"
 
-AutoConfig.register(MonoInternVLConfig.model_type, MonoInternVLConfig, exist_ok=True)
-for _auto_class in (AutoModel, AutoModelForCausalLM, AutoModelForImageTextToText):
-    _auto_class.register(MonoInternVLConfig, MonoInternVLForCausalLM, exist_ok=True)
-AutoProcessor.register(MonoInternVLConfig, MonoInternVLProcessor, exist_ok=True)
-try:
-    AutoImageProcessor.register(
-        MonoInternVLConfig, slow_image_processor_class=MonoInternVLImageProcessor, exist_ok=True
-    )
-except ImportError:
-    # Before 5.18 this class is a placeholder that wants torchvision; the processor loads ours by name.
-    pass
+if __name__ == "mono_internvl":
+    # Only under its own name: pytest imports a root folder with an `__init__.py` once more, under the folder's name.
+    AutoConfig.register(MonoInternVLConfig.model_type, MonoInternVLConfig, exist_ok=True)
+    for _auto_class in (AutoModel, AutoModelForCausalLM, AutoModelForImageTextToText):
+        _auto_class.register(MonoInternVLConfig, MonoInternVLForCausalLM, exist_ok=True)
+    AutoProcessor.register(MonoInternVLConfig, MonoInternVLProcessor, exist_ok=True)
+    with suppress(ImportError):
+        # Before 5.18 this class is a placeholder that wants torchvision; the processor loads ours by name.
+        AutoImageProcessor.register(
+            MonoInternVLConfig, slow_image_processor_class=MonoInternVLImageProcessor, exist_ok=True
+        )
 
 __all__ = [
     "MonoInternVLConfig",

@@ -1,11 +1,11 @@
 """Configuration of Mono-InternVL: one decoder that sees and writes, described on one screen.
 
 `text_config`    the decoder: InternLM2's dimensions, RoPE, and whether attention has visual experts too (1.5)
-`vision_config`  the visual embedding: 14-px patches of a tile -> one visual token per 28 x 28 px (paper 2410.08202, sec. 3.1)
+`vision_config`  the visual embedding: 14-px patches -> one visual token per 28 x 28 px (arXiv 2410.08202, 3.1)
 `image_token_id` the placeholder in `input_ids` that stands for one visual token
 
-Every value is checked here, once; nothing downstream checks again. The official Hub layout (`model_type: internvl_chat`
-with an `llm_config`) is understood on the way in; what this model does not know in it is ignored.
+Every value is checked here, once; nothing downstream checks again. The official Hub layout (`model_type:
+internvl_chat` with an `llm_config`) is understood on the way in; what this model does not know in it is ignored.
 """
 
 from typing import Any
@@ -108,8 +108,9 @@ class MonoInternVLTextConfig(PreTrainedConfig):
     intermediate_size: int = 8192
     num_hidden_layers: int = 24
     num_attention_heads: int = 16
-    num_key_value_heads: int | None = None
-    head_dim: int | None = None
+    # Given as None, they are filled in; `Any` because they are int from then on.
+    num_key_value_heads: Any = 8
+    head_dim: Any = None
     hidden_act: str = "silu"
     max_position_embeddings: int = 32768
     initializer_range: float = 0.02
@@ -119,7 +120,7 @@ class MonoInternVLTextConfig(PreTrainedConfig):
     bos_token_id: int | None = 1
     eos_token_id: int | list[int] | None = 2
     tie_word_embeddings: bool = False
-    rope_parameters: dict | None = None
+    rope_parameters: Any = None
     attention_bias: bool = False
     attention_dropout: float | int = 0.0
     drop_path_rate: float | int = 0.0
@@ -138,6 +139,9 @@ class MonoInternVLTextConfig(PreTrainedConfig):
             )
         if self.head_dim is None:
             self.head_dim = self.hidden_size // self.num_attention_heads
+        for name in ("num_key_value_heads", "head_dim"):
+            if not isinstance(getattr(self, name), int) or getattr(self, name) < 1:
+                raise ValueError(f"text_config: {name}={getattr(self, name)!r} must be a positive integer")
         if self.num_attention_heads % self.num_key_value_heads:
             raise ValueError(
                 f"text_config: num_attention_heads={self.num_attention_heads} must be a multiple of "
@@ -177,14 +181,15 @@ class MonoInternVLConfig(PreTrainedConfig):
     sub_configs = {"text_config": MonoInternVLTextConfig, "vision_config": MonoInternVLVisionConfig}
     keys_to_ignore_at_inference = ["past_key_values"]
 
-    text_config: dict | PreTrainedConfig | None = None
-    vision_config: dict | PreTrainedConfig | None = None
+    # dict, object or None; an object after `__post_init__`.
+    text_config: Any = None
+    vision_config: Any = None
     image_token_id: int = 92546
     visual_attention_experts: str | None = None
     tie_word_embeddings: bool = False
 
     def __post_init__(self, **kwargs: Any):
-        # `model_type` of an official file would hide the class attribute, and its `auto_map` names code that is not ours.
+        # An official file's `model_type` would hide the class attribute; its `auto_map` names code that is not ours.
         kwargs.pop("model_type", None)
         self.auto_map = dict(AUTO_MAP)
         kwargs.pop("auto_map", None)

@@ -4,7 +4,7 @@
     choose_grid    its size -> (cols, rows), the grid of square tiles nearest to its aspect ratio
     MonoInternVLImageProcessor
                    one bicubic resize to cols*S x rows*S, cut row-major; a thumbnail of the whole picture goes last
-                   when there is more than one tile; every tile becomes (S/28)^2 patches, normalised with the ImageNet mean
+                   when there is more than one tile; a tile is (S/28)^2 patches, normalised with the ImageNet mean
     patchify       the same cut for tiles that already are a tensor
 
 Legend: S tile side in pixels (448), p = S // 28 patches along a side, D = 3*28*28 values of a patch.
@@ -64,7 +64,7 @@ _UPRIGHT = {
 def _candidate_grids(min_tiles: int, max_tiles: int) -> tuple[tuple[int, int], ...]:
     """All (cols, rows) with min_tiles <= cols*rows <= max_tiles, ordered by their product.
 
-    Grids of equal product keep the order in which CPython walks a set that was filled in this very sequence: that is how
+    Grids of equal product keep the order in which CPython walks a set filled in this very sequence: that is how
     the released model came by its order, and the order decides ties. (Hashes of small-integer tuples are not salted.)
     """
     grids = set()
@@ -161,7 +161,7 @@ def load_image(source: Any, *, max_pixels: int | None = DEFAULT_MAX_PIXELS) -> I
     """Any picture -> RGB, 8 bit, upright: what a person sees when looking at it.
 
     EXIF orientation is applied, transparency is laid on white, 16-bit and float pictures are scaled to 8 bit, and the
-    other colour modes are converted. Of an animated file the first frame is taken; a PIL image keeps the frame it is at.
+    other colour modes are converted. Of an animated file the first frame is taken; a PIL image keeps its frame.
     An RGB picture without EXIF or transparency comes back with identical pixels. The input is not changed.
 
     Args:
@@ -197,7 +197,7 @@ def load_image(source: Any, *, max_pixels: int | None = DEFAULT_MAX_PIXELS) -> I
         name = _shorten(file_name) if isinstance(file_name, str) else "picture given as file"
         return _from_bytes(source.read(), name, max_pixels)
     raise TypeError(
-        "a picture must be a PIL image, a path, an http(s) or data: URL, bytes, a binary file, a numpy array or a torch "
+        "a picture must be a PIL image, a path, an http(s) or data: URL, bytes, a binary file, an array or a torch "
         f"tensor, got {type(source).__name__}"
     )
 
@@ -296,7 +296,7 @@ _warnings_lock = threading.Lock()
 def _bomb_warnings_off() -> Iterator[None]:
     """Silence Pillow's warning at half of its limit: `max_pixels` has decided. Its hard limit still raises.
 
-    The filters of `warnings` are global, so two threads may not be inside at once, or they would restore them crosswise.
+    The filters of `warnings` are global, so two threads may not be inside at once: they would restore them crosswise.
     """
     with _warnings_lock, warnings.catch_warnings():
         warnings.simplefilter("ignore", Image.DecompressionBombWarning)
@@ -398,7 +398,7 @@ def _from_16_bit(array: np.ndarray) -> np.ndarray:
 def _deep_gray_to_uint8(image: Image.Image, name: str) -> np.ndarray:
     """Gray pictures of more than 8 bits -> uint8 [H, W].
 
-    The modes I (32 bit) and F do not say which value is white. A PNG or PGM holds 16 bits. Otherwise the smallest of the
+    The modes I (32 bit) and F do not say which value is white. A PNG or PGM has 16 bits. Otherwise the smallest of the
     usual ranges that holds all values is taken (F: 0..1; both: 0..255, 0..65535), and the values' own range after that.
     """
     array = np.asarray(image)
@@ -670,7 +670,7 @@ class MonoInternVLImageProcessor(BaseImageProcessor):
         if max_pixels is not None and cols * side * image.height > max(max_pixels, DEFAULT_MAX_PIXELS):
             # A strip one pixel wide and millions high passes any limit on its area, but not this far.
             raise ValueError(
-                f"picture of {image.width}x{image.height} is too narrow and high: stretched to {cols * side} columns it "
+                f"picture of {image.width}x{image.height} is too narrow: stretched to {cols * side} columns it "
                 f"exceeds the limit max_pixels of {max_pixels:,} pixels"
             )
         count = cols * rows
@@ -681,7 +681,7 @@ class MonoInternVLImageProcessor(BaseImageProcessor):
         return out
 
     def _normalize(self, pixel_values: torch.Tensor) -> torch.Tensor:
-        """uint8 [tiles, patches, D] -> float32, in the reference's order of operations: a product with 1/255 is 1 ulp off."""
+        """uint8 [tiles, patches, D] -> float32, in the reference's order: a product with 1/255 would be 1 ulp off."""
         mean = torch.tensor(self.image_mean, dtype=torch.float32)[:, None]
         std = torch.tensor(self.image_std, dtype=torch.float32)[:, None]
         values = pixel_values.to(torch.float32)

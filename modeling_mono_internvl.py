@@ -36,7 +36,7 @@ from transformers.utils.output_capturing import capture_outputs
 
 from .configuration_mono_internvl import MonoInternVLConfig, MonoInternVLTextConfig, MonoInternVLVisionConfig
 from .image_processing_mono_internvl import patchify
-from .weight_mapping_mono_internvl import register_checkpoint_mapping
+from .weight_mapping_mono_internvl import checkpoint_mapping, register_checkpoint_mapping
 
 
 logger = logging.get_logger(__name__)
@@ -71,7 +71,7 @@ class RoutingPlan(NamedTuple):
 
 
 def make_routing_plan(visual_token_mask: torch.Tensor, num_visual: int) -> RoutingPlan:
-    """bool [B, T] and its count, known on the host, so that no shape depends on data and the device is not waited for."""
+    """bool [B, T] and its count, known on the host: no shape depends on data and the device is not waited for."""
     order = torch.argsort((~visual_token_mask).reshape(-1).to(torch.int8), stable=True)
     return RoutingPlan(text=order[num_visual:], visual=order[:num_visual])
 
@@ -84,6 +84,10 @@ class MonoInternVLVisionEmbeddings(nn.Module):
 
     The order of the four neighbours is (2i, 2j), (2i, 2j+1), (2i+1, 2j), (2i+1, 2j+1) (upstream's pixel shuffle "v2").
     """
+
+    class_embedding: torch.Tensor
+    pixel_mean: torch.Tensor
+    pixel_std: torch.Tensor
 
     def __init__(self, config: MonoInternVLVisionConfig):
         super().__init__()
@@ -173,6 +177,8 @@ class MonoInternVLRotaryEmbedding(nn.Module):
     base' = theta * (f * L / max - (f - 1)) ** (D / (D - 2)), L = largest position of the call + 1, cache included.
     """
 
+    inv_freq: torch.Tensor
+
     def __init__(self, config: MonoInternVLTextConfig):
         super().__init__()
         self.config = config
@@ -220,7 +226,7 @@ def eager_attention_forward(
     **kwargs: Any,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Softmax attention in float32; query [B, heads, T, D], key and value [B, kv_heads, S, D] -> [B, T, heads, D]."""
-    groups = module.num_key_value_groups
+    groups: int = module.num_key_value_groups  # type: ignore[assignment]
     key, value = key.repeat_interleave(groups, dim=1), value.repeat_interleave(groups, dim=1)
     scores = query @ key.transpose(2, 3) * scaling
     if attention_mask is not None:
@@ -381,20 +387,20 @@ class MonoInternVLDecoderLayer(GradientCheckpointingLayer):
 class MonoInternVLModelOutputWithPast(BaseModelOutputWithPast):
     """`image_hidden_states`: float [V, H], the embedded visual tokens in the order of their placeholders."""
 
-    image_hidden_states: torch.FloatTensor | None = None
+    image_hidden_states: torch.Tensor | None = None
 
 
 @dataclass
 class MonoInternVLCausalLMOutputWithPast(CausalLMOutputWithPast):
     """`image_hidden_states`: float [V, H], the embedded visual tokens in the order of their placeholders."""
 
-    image_hidden_states: torch.FloatTensor | None = None
+    image_hidden_states: torch.Tensor | None = None
 
 
 class MonoInternVLPreTrainedModel(PreTrainedModel):
     config: MonoInternVLConfig
     base_model_prefix = "model"
-    input_modalities = ("image", "text")
+    input_modalities = ("image", "text")  # type: ignore[assignment]
     supports_gradient_checkpointing = True
     _no_split_modules = ["MonoInternVLDecoderLayer"]
     _skip_keys_device_placement = ["past_key_values"]
@@ -429,14 +435,18 @@ class MonoInternVLPreTrainedModel(PreTrainedModel):
                 f"the official layout has no place for visual attention experts ({experts}); "
                 "save with save_original_format=False"
             )
-        return super().save_pretrained(save_directory, *args, save_original_format=save_original_format, **kwargs)
+        if save_original_format:
+            # transformers would undo only what loading did, and a model loaded in our layout stays in it.
+            self._weight_conversions = checkpoint_mapping()
+        kwargs["save_original_format"] = save_original_format
+        return super().save_pretrained(save_directory, *args, **kwargs)
 
 
 class MonoInternVLTextModel(MonoInternVLPreTrainedModel):
     """The decoder: ids or embeddings -> hidden states; it knows visual tokens only through a `RoutingPlan`."""
 
-    config: MonoInternVLTextConfig
-    input_modalities = ("text",)
+    config: MonoInternVLTextConfig  # type: ignore[assignment]
+    input_modalities = ("text",)  # type: ignore[assignment]
     _can_record_outputs = {"hidden_states": MonoInternVLDecoderLayer, "attentions": MonoInternVLAttention}
 
     def __init__(self, config: MonoInternVLTextConfig):
@@ -452,15 +462,15 @@ class MonoInternVLTextModel(MonoInternVLPreTrainedModel):
         return self.embed_tokens
 
     def set_input_embeddings(self, value: nn.Module) -> None:
-        self.embed_tokens = value
+        self.embed_tokens = value  # type: ignore[assignment]
 
     @merge_with_config_defaults
     @capture_outputs
     def forward(
         self,
-        input_ids: torch.LongTensor | None = None,
+        input_ids: torch.Tensor | None = None,
         attention_mask: torch.Tensor | None = None,
-        position_ids: torch.LongTensor | None = None,
+        position_ids: torch.Tensor | None = None,
         past_key_values: Cache | None = None,
         inputs_embeds: torch.Tensor | None = None,
         use_cache: bool | None = None,
@@ -622,11 +632,11 @@ class MonoInternVLModel(MonoInternVLPreTrainedModel):
     @can_return_tuple
     def forward(
         self,
-        input_ids: torch.LongTensor | None = None,
+        input_ids: torch.Tensor | None = None,
         attention_mask: torch.Tensor | None = None,
-        position_ids: torch.LongTensor | None = None,
+        position_ids: torch.Tensor | None = None,
         past_key_values: Cache | None = None,
-        inputs_embeds: torch.FloatTensor | None = None,
+        inputs_embeds: torch.Tensor | None = None,
         pixel_values: torch.Tensor | None = None,
         visual_token_mask: torch.Tensor | None = None,
         mm_encoder_outputs: dict | None = None,
@@ -639,7 +649,7 @@ class MonoInternVLModel(MonoInternVLPreTrainedModel):
         it; routing needs only the placeholders."""
         if (input_ids is None) == (inputs_embeds is None):
             raise ValueError("exactly one of input_ids and inputs_embeds must be given")
-        device = (input_ids if inputs_embeds is None else inputs_embeds).device
+        device = (input_ids if inputs_embeds is None else inputs_embeds).device  # type: ignore[union-attr]
         rows = self._image_rows(pixel_values, mm_encoder_outputs, device)
         mask = visual_token_mask
         if mask is None and rows is not None:
@@ -727,7 +737,10 @@ class MonoInternVLForCausalLM(MonoInternVLPreTrainedModel, GenerationMixin):
         """
         wants_info = kwargs.pop("output_loading_info", False)
         tolerant = wants_info or kwargs.get("ignore_mismatched_sizes", False)
-        model, info = super().from_pretrained(pretrained_model_name_or_path, *args, output_loading_info=True, **kwargs)
+        # Mis-shaped weights are listed below with the others; transformers' own error names none.
+        kwargs["ignore_mismatched_sizes"] = True
+        loaded: Any = super().from_pretrained(pretrained_model_name_or_path, *args, output_loading_info=True, **kwargs)
+        model, info = loaded
         problems = [
             f"{len(keys)} {kind}: {', '.join(sorted(str(key) for key in keys))}"
             for kind, keys in (
@@ -752,16 +765,16 @@ class MonoInternVLForCausalLM(MonoInternVLPreTrainedModel, GenerationMixin):
     @can_return_tuple
     def forward(
         self,
-        input_ids: torch.LongTensor | None = None,
+        input_ids: torch.Tensor | None = None,
         attention_mask: torch.Tensor | None = None,
-        position_ids: torch.LongTensor | None = None,
+        position_ids: torch.Tensor | None = None,
         past_key_values: Cache | None = None,
-        inputs_embeds: torch.FloatTensor | None = None,
+        inputs_embeds: torch.Tensor | None = None,
         pixel_values: torch.Tensor | None = None,
         visual_token_mask: torch.Tensor | None = None,
         mm_encoder_outputs: dict | None = None,
         mm_token_type_ids: torch.Tensor | None = None,
-        labels: torch.LongTensor | None = None,
+        labels: torch.Tensor | None = None,
         use_cache: bool | None = None,
         logits_to_keep: int | torch.Tensor = 0,
         **kwargs: Any,
@@ -818,21 +831,25 @@ class MonoInternVLForCausalLM(MonoInternVLPreTrainedModel, GenerationMixin):
 
     # ---- generation
 
-    def generate(self, inputs=None, generation_config=None, logits_processor=None, **kwargs):  # type: ignore[no-untyped-def]
+    def generate(self, inputs=None, generation_config=None, logits_processor=None, **kwargs):  # type: ignore[no-untyped-def,override]
         """As in transformers; never emits `<IMG_CONTEXT>`, `<img>` or `</img>`."""
-        stops = generation_config.eos_token_id if generation_config is not None else self.generation_config.eos_token_id
+        stops = kwargs.get("eos_token_id", (generation_config or self.generation_config).eos_token_id)
         stops = set(stops if isinstance(stops, list) else [stops])
         image_token = self.config.image_token_id
         forbidden = [token for token in (image_token - 2, image_token - 1, image_token) if token not in stops]
         processors = LogitsProcessorList(logits_processor or [])
-        processors.append(SuppressTokensLogitsProcessor(forbidden, device=self.device))
+        processors.append(SuppressTokensLogitsProcessor(forbidden, device=str(self.device)))
         # transformers would encode a picture that is explicitly None.
         kwargs = {name: value for name, value in kwargs.items() if name != "pixel_values" or value is not None}
-        return super().generate(inputs, generation_config=generation_config, logits_processor=processors, **kwargs)
+        return super().generate(  # type: ignore[misc]
+            inputs, generation_config=generation_config, logits_processor=processors, **kwargs
+        )
 
-    def prepare_inputs_for_generation(self, input_ids, is_first_iteration=False, **kwargs):  # type: ignore[no-untyped-def]
+    def prepare_inputs_for_generation(self, input_ids, is_first_iteration=False, **kwargs):  # type: ignore[no-untyped-def,override]
         mask = kwargs.pop("visual_token_mask", None)
-        inputs = super().prepare_inputs_for_generation(input_ids, is_first_iteration=is_first_iteration, **kwargs)
+        inputs = super().prepare_inputs_for_generation(  # type: ignore[misc]
+            input_ids, is_first_iteration=is_first_iteration, **kwargs
+        )
         if mask is not None and (is_first_iteration or not kwargs.get("use_cache", True)):
             current = inputs["inputs_embeds"] if inputs.get("inputs_embeds") is not None else inputs["input_ids"]
             # Without a cache the sequence grows by text; with one, only its uncached end is this call's input.
@@ -859,7 +876,7 @@ class MonoInternVLForCausalLM(MonoInternVLPreTrainedModel, GenerationMixin):
                 image["pooler_output"] = _repeat_groups(rows, tokens_per_row, expand_size).unsqueeze(0)
                 image["last_hidden_state"] = None
                 encoded = {**encoded, "image": image}
-        input_ids, model_kwargs = super()._expand_inputs_for_generation(
+        input_ids, model_kwargs = super()._expand_inputs_for_generation(  # type: ignore[misc]
             expand_size=expand_size, is_encoder_decoder=is_encoder_decoder, input_ids=input_ids, **model_kwargs
         )
         if pixels is not None:
@@ -875,7 +892,7 @@ class MonoInternVLForCausalLM(MonoInternVLPreTrainedModel, GenerationMixin):
             raise ValueError(
                 "prefill_chunk_size with pictures needs transformers >= 5.23; older ones give each chunk all pictures"
             )
-        return super()._prefill(input_ids, generation_config, model_kwargs, *args, **kwargs)
+        return super()._prefill(input_ids, generation_config, model_kwargs, *args, **kwargs)  # type: ignore[misc]
 
     # ---- chat
 

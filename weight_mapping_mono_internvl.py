@@ -2,15 +2,19 @@
 
     official (OpenGVLab/Mono-InternVL-2B)                       ours
     vision_model.embeddings.*                                   model.vision_embeddings.*
-    mlp1.{0,1,3}.*                                              model.multi_modal_projector.{layer_norm,linear_1,linear_2}.*
+    mlp1.{0,1,3}.*                                              model.multi_modal_projector.*
+                                                                    {layer_norm, linear_1, linear_2}
     language_model.model.tok_embeddings / norm                  model.language_model.embed_tokens / norm
-    language_model.model.layers.N.attention.wqkv                ...layers.N.self_attn.{q,k,v}_proj        (regrouped)
-    ....attention.wo / attention_norm / ffn_norm                ...self_attn.o_proj / input_layernorm / post_attention_layernorm
-    ....feed_forward.{w1,w3,w2} / feed_forward_ve.{w1,w3,w2}    ...mlp / visual_mlp .{gate,up,down}_proj
+    language_model.model.layers.N.                              model.language_model.layers.N.
+        attention.wqkv  (regrouped)                                 self_attn.{q,k,v}_proj
+        attention.wo                                                self_attn.o_proj
+        attention_norm, ffn_norm                                    input_layernorm, post_attention_layernorm
+        feed_forward.{w1,w3,w2}                                     mlp.{gate,up,down}_proj
+        feed_forward_ve.{w1,w3,w2}                                  visual_mlp.{gate,up,down}_proj
     language_model.output                                       lm_head
 
-Keys already in our layout match no pattern and pass through, so one class loads both. Patterns are disjoint and anchored:
-transformers applies them backwards on saving, where a catch-all would swallow another's keys.
+Keys already in our layout match no pattern and pass through, so one class loads both. Patterns are disjoint and
+anchored: transformers applies them backwards on saving, where a catch-all would swallow another's keys.
 """
 
 import torch
@@ -18,14 +22,18 @@ from transformers.conversion_mapping import register_checkpoint_conversion_mappi
 from transformers.core_model_loading import ConversionOps, WeightConverter, WeightRenaming
 
 
+def grouped_rows(heads: int, kv_heads: int, head_dim: int) -> int:
+    """Rows of InternLM2's grouped `wqkv`."""
+    return (heads + 2 * kv_heads) * head_dim
+
+
 def split_grouped_qkv(wqkv: torch.Tensor, heads: int, kv_heads: int, head_dim: int) -> tuple[torch.Tensor, ...]:
     """InternLM2's grouped `wqkv` [kv_heads * (G + 2) * head_dim, ...] -> (q, k, v), G = heads / kv_heads.
 
-    Each of the kv_heads blocks holds G query heads, then its key head, then its value head (arXiv 2403.17297, sec. 2.2).
+    Each of the kv_heads blocks holds G query heads, then its key head, then its value head (arXiv 2403.17297).
     Works on weights [rows, in] and biases [rows].
     """
-    groups = heads // kv_heads
-    expected = kv_heads * (groups + 2) * head_dim
+    groups, expected = heads // kv_heads, grouped_rows(heads, kv_heads, head_dim)
     if wqkv.shape[0] != expected:
         raise ValueError(
             f"wqkv has {wqkv.shape[0]} rows; {heads} heads, {kv_heads} kv heads of {head_dim} need {expected}"
@@ -60,10 +68,14 @@ def _only_tensor(value: torch.Tensor | list[torch.Tensor]) -> torch.Tensor:
 class SplitGroupedQKV(ConversionOps):
     """Loading: one grouped `wqkv` becomes `q_proj`, `k_proj` and `v_proj`."""
 
-    @torch.no_grad
-    def convert(self, input_dict, source_patterns, target_patterns, config, **kwargs):  # type: ignore[no-untyped-def]
+    @torch.no_grad()
+    def convert(self, input_dict, source_patterns, target_patterns, config, **kwargs):  # type: ignore[no-untyped-def,override]
         (wqkv,) = (_only_tensor(value) for value in input_dict.values())
-        return dict(zip(target_patterns, split_grouped_qkv(wqkv, **_head_layout(config)), strict=True))
+        layout = _head_layout(config)
+        if wqkv.shape[0] != grouped_rows(**layout):
+            # It fits nothing then, and is reported with its shape among the mis-shaped weights.
+            return dict.fromkeys(target_patterns, wqkv[None])
+        return dict(zip(target_patterns, split_grouped_qkv(wqkv, **layout), strict=True))
 
     @property
     def reverse_op(self) -> ConversionOps:
@@ -73,8 +85,8 @@ class SplitGroupedQKV(ConversionOps):
 class MergeGroupedQKV(ConversionOps):
     """Saving in the official layout: `q_proj`, `k_proj`, `v_proj` become one grouped `wqkv`."""
 
-    @torch.no_grad
-    def convert(self, input_dict, source_patterns, target_patterns, config, **kwargs):  # type: ignore[no-untyped-def]
+    @torch.no_grad()
+    def convert(self, input_dict, source_patterns, target_patterns, config, **kwargs):  # type: ignore[no-untyped-def,override]
         q, k, v = (_only_tensor(input_dict[pattern]) for pattern in source_patterns)
         (target,) = target_patterns
         return {target: merge_grouped_qkv(q, k, v, **_head_layout(config))}

@@ -1,1 +1,61 @@
-"""The command line."""
+"""The command line: `mono-internvl COMMAND`, one file a command.
+
+Commands import torch and transformers when they run, so that help and usage errors do not wait for them.
+
+Exit status: 0, 2 for wrong usage, 1 for anything else, with one line on stderr that names the file and the reason.
+stdout carries the answer alone; notes and progress go to stderr.
+"""
+
+from typing import Annotated, Any
+
+import typer
+from typer.core import TyperGroup
+
+from .chat import chat
+from .common import report, set_debug, user_errors
+from .evaluate import evaluate
+from .inspect import inspect
+from .tiles import tiles
+from .tokenizer import tokenizer
+
+
+class _Commands(TyperGroup):
+    """Turns what a user can cause into one line and exit status 1."""
+
+    def invoke(self, ctx: Any) -> Any:
+        try:
+            return super().invoke(ctx)
+        except user_errors() as error:
+            if ctx.params.get("debug") or isinstance(error, BrokenPipeError):
+                raise
+            report(error)
+            raise typer.Exit(1) from error
+
+
+app = typer.Typer(
+    cls=_Commands,
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    rich_markup_mode=None,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+
+
+@app.callback()
+def options(
+    debug: Annotated[
+        bool, typer.Option("--debug", envvar="MONO_INTERNVL_DEBUG", help="show tracebacks and warnings")
+    ] = False,
+) -> None:
+    """Mono-InternVL, one decoder that sees and writes: chat with it and look inside."""
+    set_debug(debug)
+
+
+for _command in (chat, tiles, inspect, tokenizer, evaluate):
+    app.command()(_command)
+
+
+def main() -> None:
+    """Entry point of `mono-internvl` and of `python -m mono_internvl`."""
+    app(prog_name="mono-internvl")

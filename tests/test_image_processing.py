@@ -1,5 +1,6 @@
 """The image processor against the released model's numbers, and against whatever people call a picture."""
 
+import contextlib
 import base64
 import functools
 import hashlib
@@ -485,10 +486,8 @@ def test_scrambled_files_never_raise_anything_else():
             damaged = original.copy()
             where = random.integers(0, min(len(damaged), 400), 12)
             damaged[where] = random.integers(0, 256, 12)
-            try:
+            with contextlib.suppress(ValueError):
                 assert load_image(damaged.tobytes(), max_pixels=10**6).mode == "RGB"
-            except ValueError:
-                pass
 
 
 def test_eps_is_refused():

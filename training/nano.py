@@ -10,7 +10,7 @@ import logging
 import random
 import shutil
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import torch
 import typer
@@ -118,15 +118,15 @@ class LogLine(TrainerCallback):
 
 
 def train(
-    out: Path = typer.Argument(help="folder of the finished model"),
-    steps: int = typer.Option(3000, help="optimiser steps"),
-    batch_size: int = typer.Option(32, help="conversations a step"),
-    learning_rate: float = typer.Option(1e-3, help="peak learning rate"),
-    workers: int = typer.Option(1, help="processes that draw pictures"),
-    seed: int = typer.Option(0),
-    tokenizer: Path = typer.Option(ROOT, help="folder with the nano's tokenizer"),
-    runs: Path = typer.Option(Path("runs/nano"), help="folder of checkpoints and logs"),
-    resume: bool = typer.Option(False, help="go on from the last checkpoint in the runs folder"),
+    out: Annotated[Path, typer.Argument(help="folder of the finished model")],
+    steps: Annotated[int, typer.Option(help="optimiser steps")] = 3000,
+    batch_size: Annotated[int, typer.Option(help="conversations a step")] = 32,
+    learning_rate: Annotated[float, typer.Option(help="peak learning rate")] = 1e-3,
+    workers: Annotated[int, typer.Option(help="processes that draw pictures")] = 1,
+    seed: int = 0,
+    tokenizer: Annotated[Path, typer.Option(help="folder with the nano's tokenizer")] = ROOT,
+    runs: Annotated[Path, typer.Option(help="folder of checkpoints and logs")] = Path("runs/nano"),
+    resume: Annotated[bool, typer.Option(help="go on from the last checkpoint in the runs folder")] = False,
 ) -> None:
     """Train the nano and write it to OUT in bfloat16, ready for `from_pretrained`."""
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s")
@@ -175,7 +175,7 @@ def save_nano(model: MonoInternVLForCausalLM, processor: MonoInternVLProcessor, 
     shutil.rmtree(temporary, ignore_errors=True)
     model.generation_config.eos_token_id = processor.stop_token_ids
     model.generation_config.pad_token_id = processor.tokenizer.pad_token_id
-    model.to(torch.bfloat16).save_pretrained(temporary)
+    model.bfloat16().save_pretrained(temporary)
     processor.save_pretrained(temporary)
     if out.exists():
         shutil.rmtree(out)

@@ -1,0 +1,86 @@
+"""`mono-internvl evaluate`: questions about pictures of the plate world, drawn by code that training never used."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from .common import (
+    DeviceOption,
+    DtypeOption,
+    ImageTokenOption,
+    MaxTilesOption,
+    ModelOption,
+    check_dtype,
+    load_model,
+    note,
+    progress_bar,
+    resolve_model,
+    written_whole,
+)
+
+
+def evaluate(
+    model: ModelOption = None,
+    count: Annotated[int, typer.Option(min=1, metavar="N", help="questions, six categories in turn")] = 500,
+    seed: Annotated[int, typer.Option(metavar="N", help="another seed, other pictures")] = 0,
+    out: Annotated[
+        Path | None, typer.Option("--json", metavar="OUT.json", help="write every question and answer")
+    ] = None,
+    show_errors: Annotated[int, typer.Option(min=0, metavar="N", help="print the first N wrong answers")] = 0,
+    max_tiles: MaxTilesOption = None,
+    batch_size: Annotated[int, typer.Option(min=1, metavar="N", help="questions answered at once")] = 16,
+    device: DeviceOption = "auto",
+    dtype: DtypeOption = "auto",
+    image_token_id: ImageTokenOption = None,
+) -> None:
+    """Ask a model about plain shapes and numbers; print what it gets right."""
+    check_dtype(dtype)
+    if out is not None and not out.absolute().parent.is_dir():
+        raise FileNotFoundError(f"{out} cannot be written: no such folder {out.parent}")
+    folder = resolve_model(model)
+    from ..evaluation.plate_pictures import evaluation_set
+    from ..evaluation.plate_world import evaluate as answer_all
+
+    loaded, processor = load_model(folder, device=device, dtype=dtype, image_token_id=image_token_id)
+    with progress_bar("questions", count) as update:
+        results = answer_all(
+            loaded,
+            processor,
+            evaluation_set(count=count, seed=seed),
+            batch_size=batch_size,
+            max_tiles=max_tiles,
+            progress=lambda done: update(done, count),
+        )
+    _print_table(results.scores)
+    for outcome in results.errors[:show_errors]:
+        typer.echo(
+            f"{outcome.index:4d} {outcome.category}: {outcome.question} expected {outcome.expected!r}, "
+            f"got {outcome.given!r}"
+        )
+    note(f"{count} questions in {results.seconds:.1f} s, {count / results.seconds:.1f} a second")
+    if out is not None:
+        with written_whole(out) as temporary:
+            settings = {"model": model or "bundled nano", "count": count, "seed": seed}
+            text = json.dumps({**settings, **results.to_dict()}, indent=1, ensure_ascii=False)
+            temporary.write_text(text + "\n", encoding="utf-8")
+        note(f"written to {out}")
+
+
+def _print_table(scores: dict[str, tuple[int, int]]) -> None:
+    from rich import box
+    from rich.console import Console
+    from rich.table import Table
+
+    table = Table(box=box.SIMPLE_HEAD)
+    table.add_column("category")
+    for heading in ("correct", "total", "percent"):
+        table.add_column(heading, justify="right")
+    for i, (category, (right, total)) in enumerate(scores.items()):
+        table.add_row(category, str(right), str(total), f"{right / total:.1%}", end_section=i == len(scores) - 1)
+    right, total = (sum(column) for column in zip(*scores.values(), strict=True))
+    table.add_row("all", str(right), str(total), f"{right / total:.1%}", style="bold")
+    Console().print(table)

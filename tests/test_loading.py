@@ -1,0 +1,277 @@
+"""Checkpoints in both layouts, shards and pickles; what is refused; what is saved."""
+
+import json
+import logging
+import shutil
+
+import pytest
+import torch
+from conftest import golden, tiny_config, tiny_model
+from mono_internvl import MonoInternVLConfig, MonoInternVLForCausalLM
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
+from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, AutoModelForImageTextToText
+
+
+IDS = torch.tensor([[1, 5, 9, 30, 31, 44]])
+
+
+def official_folder(tmp_path, **config):
+    """The golden checkpoint in the official layout, copied so that it can be spoilt."""
+    source = golden("variant_a", "model.safetensors").parent
+    folder = tmp_path / "official"
+    folder.mkdir()
+    for name in ("model.safetensors", "config.json", "generation_config.json"):
+        shutil.copy(source / name, folder / name)
+    if config:
+        path = folder / "config.json"
+        path.write_text(json.dumps({**json.loads(path.read_text()), **config}))
+    return folder
+
+
+def same_weights(a, b):
+    return all(torch.equal(x, y) for x, y in zip(a.state_dict().values(), b.state_dict().values(), strict=True))
+
+
+def test_official_layout_is_a_lossless_round_trip(tmp_path):
+    folder = official_folder(tmp_path)
+    model, info = MonoInternVLForCausalLM.from_pretrained(folder, output_loading_info=True)
+    assert not info["missing_keys"] and not info["unexpected_keys"] and not info["mismatched_keys"]
+    assert model.config.image_token_id == 393  # the third of the nine new ids at the end of 400
+    model.save_pretrained(tmp_path / "native")
+    native = MonoInternVLForCausalLM.from_pretrained(tmp_path / "native")
+    assert same_weights(model, native)
+    native.save_pretrained(tmp_path / "again", save_original_format=True)
+    before, after = load_file(folder / "model.safetensors"), load_file(tmp_path / "again" / "model.safetensors")
+    assert before.keys() == after.keys()
+    assert all(torch.equal(before[name], after[name]) for name in before)
+
+
+def test_native_is_the_default_on_saving(tmp_path):
+    """`Trainer` resumes with a plain load_state_dict, which knows only our names."""
+    model = MonoInternVLForCausalLM.from_pretrained(official_folder(tmp_path))
+    model.save_pretrained(tmp_path / "saved")
+    with safe_open(tmp_path / "saved" / "model.safetensors", "pt") as file:
+        assert set(file.keys()) == set(model.state_dict())
+
+
+@pytest.mark.parametrize("layout", ["official", "native"])
+def test_shards_with_an_index(tmp_path, layout):
+    model = tiny_model()
+    model.save_pretrained(tmp_path / "m", max_shard_size="100KB", save_original_format=layout == "official")
+    assert len(list((tmp_path / "m").glob("*.safetensors"))) > 2
+    assert same_weights(model, MonoInternVLForCausalLM.from_pretrained(tmp_path / "m"))
+    next(iter(sorted((tmp_path / "m").glob("*.safetensors")))).unlink()
+    with pytest.raises((OSError, ValueError), match="safetensors"):
+        MonoInternVLForCausalLM.from_pretrained(tmp_path / "m")
+
+
+def test_pickled_checkpoints(tmp_path):
+    folder = official_folder(tmp_path)
+    expected = MonoInternVLForCausalLM.from_pretrained(folder)
+    state = load_file(folder / "model.safetensors")
+    (folder / "model.safetensors").unlink()
+    torch.save(state, folder / "pytorch_model.bin")
+    assert same_weights(expected, MonoInternVLForCausalLM.from_pretrained(folder))
+    # The same in two shards.
+    (folder / "pytorch_model.bin").unlink()
+    names = sorted(state)
+    halves = {"pytorch_model-00001-of-00002.bin": names[::2], "pytorch_model-00002-of-00002.bin": names[1::2]}
+    for file, keys in halves.items():
+        torch.save({key: state[key] for key in keys}, folder / file)
+    index = {"metadata": {}, "weight_map": {key: file for file, keys in halves.items() for key in keys}}
+    (folder / "pytorch_model.bin.index.json").write_text(json.dumps(index))
+    assert same_weights(expected, MonoInternVLForCausalLM.from_pretrained(folder))
+
+
+class Bomb:
+    def __reduce__(self):
+        import os
+
+        return (os.mkdir, ("exploded",))
+
+
+def test_a_pickle_never_runs_code(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    folder = official_folder(tmp_path)
+    (folder / "model.safetensors").unlink()
+    torch.save({"x": Bomb()}, folder / "pytorch_model.bin")
+    with pytest.raises(Exception, match="(?i)weights_only|unpickl"):
+        MonoInternVLForCausalLM.from_pretrained(folder)
+    assert not (tmp_path / "exploded").exists()
+
+
+def test_keys_are_checked(tmp_path):
+    folder = official_folder(tmp_path)
+    state = load_file(folder / "model.safetensors")
+    gone = "language_model.model.layers.1.feed_forward_ve.w2.weight"
+
+    def write(changed):
+        save_file(changed, folder / "model.safetensors", {"format": "pt"})
+
+    write({name: tensor for name, tensor in state.items() if name != gone})
+    with pytest.raises(ValueError, match=r"1 missing: model.language_model.layers.1.visual_mlp.down_proj.weight"):
+        MonoInternVLForCausalLM.from_pretrained(folder)
+    _, info = MonoInternVLForCausalLM.from_pretrained(folder, output_loading_info=True)
+    assert info["missing_keys"] == {"model.language_model.layers.1.visual_mlp.down_proj.weight"}
+
+    write({**state, "left.over": torch.zeros(1)})
+    with pytest.raises(ValueError, match="1 unexpected: left.over"):
+        MonoInternVLForCausalLM.from_pretrained(folder)
+
+    write({**state, "mlp1.1.bias": torch.zeros(3)})
+    with pytest.raises(ValueError, match=r"1 mis-shaped: .*linear_1.bias.*3.*64"):
+        MonoInternVLForCausalLM.from_pretrained(folder)
+    MonoInternVLForCausalLM.from_pretrained(folder, ignore_mismatched_sizes=True)
+
+    write({**state, gone.replace("feed_forward_ve.w2", "attention.wqkv"): torch.zeros(6, 64)})
+    with pytest.raises(ValueError, match=r"3 mis-shaped: .*layers.1.self_attn.k_proj.weight.*6, 64"):
+        MonoInternVLForCausalLM.from_pretrained(folder)
+
+
+def test_corrupted_safetensors(tmp_path):
+    folder = official_folder(tmp_path)
+    whole = (folder / "model.safetensors").read_bytes()
+    for spoilt in (whole[: len(whole) // 2], b"", b"\0" * 100):
+        (folder / "model.safetensors").write_bytes(spoilt)
+        with pytest.raises(Exception, match="(?i)safetensor|header|deserializ|file"):
+            MonoInternVLForCausalLM.from_pretrained(folder)
+
+
+def test_no_weights_at_all(tmp_path):
+    folder = official_folder(tmp_path)
+    (folder / "model.safetensors").unlink()
+    with pytest.raises(OSError, match="official"):
+        MonoInternVLForCausalLM.from_pretrained(folder)
+
+
+def test_float16_warns(tmp_path, caplog):
+    tiny_model().save_pretrained(tmp_path)
+    logger = logging.getLogger("transformers")
+    logger.propagate, old = True, logger.propagate
+    try:
+        with caplog.at_level(logging.WARNING):
+            model = MonoInternVLForCausalLM.from_pretrained(tmp_path, dtype=torch.float16)
+    finally:
+        logger.propagate = old
+    assert "overflow to NaN" in caplog.text or model.dtype == torch.float16
+    with pytest.raises(ValueError, match="float16"):
+        model.chat(None, "hello")
+
+
+def test_attention_experts_have_no_official_layout(tmp_path):
+    model = tiny_model(visual_attention_experts="qkv")
+    with pytest.raises(ValueError, match="no place for visual attention experts"):
+        model.save_pretrained(tmp_path / "x", save_original_format=True)
+    model.save_pretrained(tmp_path / "native")
+    assert same_weights(model, MonoInternVLForCausalLM.from_pretrained(tmp_path / "native"))
+
+
+@pytest.mark.parametrize("scaling", [None, {"type": "dynamic", "factor": 2.0}])
+def test_rope_scaling_null_or_dynamic(tmp_path, scaling):
+    folder = official_folder(tmp_path)
+    config = json.loads((folder / "config.json").read_text())
+    config["llm_config"]["rope_scaling"] = scaling
+    (folder / "config.json").write_text(json.dumps(config))
+    model = MonoInternVLForCausalLM.from_pretrained(folder)
+    rope = model.config.text_config.rope_parameters
+    assert rope["rope_theta"] == 1_000_000
+    assert rope["rope_type"] == ("default" if scaling is None else "dynamic")
+    assert model.model.language_model.rotary_emb.dynamic is (scaling is not None)
+
+
+def test_dynamic_ntk_keeps_no_state():
+    """A long call must not change a later short one (upstream's does)."""
+    model = tiny_model(
+        text_config={"max_position_embeddings": 16, "rope_parameters": {"rope_type": "dynamic", "factor": 2.0}}
+    )
+    with torch.no_grad():
+        before = model(IDS).logits
+        far = model(IDS, position_ids=torch.arange(6)[None] + 40).logits
+        after = model(IDS).logits
+    assert torch.equal(before, after)
+    assert not torch.allclose(before, far, atol=1e-3)
+
+
+def test_config_of_the_official_layout(tmp_path):
+    config = MonoInternVLConfig.from_pretrained(official_folder(tmp_path, nonsense_key={"a": 1}))
+    assert config.model_type == "mono_internvl"
+    assert config.text_config.hidden_size == 64 and config.vision_config.image_size == 56
+    assert not hasattr(config.text_config, "expert_dp_comm")
+    assert config.auto_map["AutoModel"] == "modeling_mono_internvl.MonoInternVLForCausalLM"
+    assert config.architectures is None
+    config.save_pretrained(tmp_path / "c")
+    again = AutoConfig.from_pretrained(tmp_path / "c")
+    assert isinstance(again, MonoInternVLConfig)
+    assert again.text_config.to_dict() == config.text_config.to_dict()
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"visual_attention_experts": "kv"}, "none, qkv, qkvo"),
+        ({"text_config": {"num_key_value_heads": 3}}, "multiple of num_key_value_heads=3"),
+        ({"text_config": {"rope_parameters": {"rope_type": "yarn", "factor": 2.0}}}, "yarn.*default and dynamic"),
+        ({"text_config": {"drop_path_rate": 1.5}}, "drop_path_rate=1.5"),
+        ({"vision_config": {"image_size": 100}}, "image_size=100 must be a positive multiple of 28"),
+    ],
+)
+def test_bad_configuration_names_the_value(changes, message):
+    with pytest.raises(ValueError, match=message):
+        tiny_config(**changes)
+
+
+def test_contradicting_attention_experts():
+    with pytest.raises(ValueError, match="contradicts"):
+        tiny_config(visual_attention_experts="qkv", text_config={"visual_attention_experts": "qkvo"})
+
+
+def test_image_token_id_outside_the_vocabulary():
+    config = tiny_config()
+    config.image_token_id = 5000
+    with pytest.raises(ValueError, match="image_token_id=5000 is outside the vocabulary of 120"):
+        MonoInternVLForCausalLM(config)
+
+
+def test_the_keyword_overrides_the_file(tmp_path):
+    tiny_model().save_pretrained(tmp_path)
+    assert MonoInternVLForCausalLM.from_pretrained(tmp_path, image_token_id=77).config.image_token_id == 77
+
+
+@pytest.mark.parametrize("auto_class", [AutoModel, AutoModelForCausalLM, AutoModelForImageTextToText])
+def test_auto_classes_mean_the_model_that_chats(tmp_path, auto_class):
+    tiny_model().save_pretrained(tmp_path)
+    assert isinstance(auto_class.from_pretrained(tmp_path), MonoInternVLForCausalLM)
+
+
+def test_tied_embeddings(tmp_path):
+    model = tiny_model(text_config={"tie_word_embeddings": True})
+    assert model.lm_head.weight is model.model.language_model.embed_tokens.weight
+    model.save_pretrained(tmp_path)
+    again = MonoInternVLForCausalLM.from_pretrained(tmp_path)
+    assert again.lm_head.weight is again.model.language_model.embed_tokens.weight
+    assert torch.equal(again.lm_head.weight, model.lm_head.weight)
+
+
+def test_released_size_on_the_meta_device():
+    with torch.device("meta"):
+        model = MonoInternVLForCausalLM(MonoInternVLConfig())
+    vision = model.model.vision_embeddings
+    total = sum(p.numel() for p in model.parameters()) + vision.class_embedding.numel()
+    assert total == 3_111_355_392
+    visual = sum(
+        p.numel()
+        for name, p in model.named_parameters()
+        if "visual_mlp" in name or "vision_embeddings" in name or "multi_modal_projector" in name
+    )
+    assert sum(p.numel() for p in model.parameters()) - visual == 1_889_146_880
+
+
+def test_drop_path_asks_for_timm():
+    try:
+        import timm  # noqa: F401
+    except ImportError:
+        with pytest.raises(ImportError, match=r"mono-internvl\[droppath\]"):
+            tiny_model(text_config={"drop_path_rate": 0.1})
+    else:
+        tiny_model(text_config={"drop_path_rate": 0.1})
