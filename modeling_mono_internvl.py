@@ -845,10 +845,12 @@ class MonoInternVLForCausalLM(MonoInternVLPreTrainedModel, GenerationMixin):
             inputs, generation_config=generation_config, logits_processor=processors, **kwargs
         )
 
-    def prepare_inputs_for_generation(self, input_ids, is_first_iteration=False, **kwargs):  # type: ignore[no-untyped-def,override]
+    def prepare_inputs_for_generation(  # type: ignore[no-untyped-def,override]
+        self, input_ids, inputs_embeds=None, is_first_iteration=False, **kwargs
+    ):
         mask = kwargs.pop("visual_token_mask", None)
         inputs = super().prepare_inputs_for_generation(  # type: ignore[misc]
-            input_ids, is_first_iteration=is_first_iteration, **kwargs
+            input_ids, inputs_embeds=inputs_embeds, is_first_iteration=is_first_iteration, **kwargs
         )
         if mask is not None and (is_first_iteration or not kwargs.get("use_cache", True)):
             current = inputs["inputs_embeds"] if inputs.get("inputs_embeds") is not None else inputs["input_ids"]

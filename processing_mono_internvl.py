@@ -1,20 +1,29 @@
 """Messages + pictures -> `input_ids` and `pixel_values`; generated ids -> text and boxes.
 
 Text from a user is text. A chat template mixes its own control tokens with what people typed, and a tokenizer cannot
-tell them apart in the finished string. So `apply_chat_template(tokenize=True)` renders the template around stand-ins for
-the typed text, and each stretch of the result is encoded by its origin: control tokens are recognised in the template's
-own parts only, the grounding tags (`<ref>`, `<box>`, `<quad>`) everywhere. Neighbouring stretches of plain text are
-encoded as one, exactly as the finished string would be.
+tell them apart in the finished string. So `apply_chat_template(tokenize=True)` renders typed text between marks, and
+each stretch of the result is encoded by its origin: control tokens are recognised in the template's own parts only, the
+grounding tags (`<ref>`, `<box>`, `<quad>`) everywhere. Neighbouring stretches of plain text are encoded as one, exactly
+as the finished string would be.
 
 A string that comes already rendered (`processor(text=...)`) is trusted.
 """
 
+import base64
+import binascii
+import codecs
+import itertools
 import json
+import logging
+import os
 import re
-from collections.abc import Callable, Iterable, Sequence
+import tempfile
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import jinja2
+import numpy as np
 import torch
 from transformers import AutoTokenizer
 from transformers.feature_extraction_utils import BatchFeature
@@ -24,11 +33,13 @@ from transformers.utils.hub import cached_file
 from .image_processing_mono_internvl import MonoInternVLImageProcessor
 
 
+logger = logging.getLogger(__name__)
+
 IMAGE_START, IMAGE_END, IMAGE_TOKEN = "<img>", "</img>", "<IMG_CONTEXT>"
 GROUNDING_TAGS = ("<quad>", "</quad>", "<ref>", "</ref>", "<box>", "</box>")
 IMAGE_MARK = "<image>"
-# Bound a stand-in for typed text; private-use characters that no template contains.
-_OPEN, _CLOSE = "\ue0f0", "\ue0f1"
+# Candidates for the marks around typed text: characters without a meaning of their own.
+_PRIVATE_USE = (range(0xE000, 0xF900), range(0xF0000, 0xFFFFE), range(0x100000, 0x10FFFE))
 
 _IMAGE_OPTIONS = ("min_tiles", "max_tiles", "use_thumbnail", "do_normalize", "max_pixels")
 _TEXT_OPTIONS = (
@@ -42,6 +53,10 @@ _TEXT_OPTIONS = (
     "return_attention_mask",
 )
 _GROUPED_OPTIONS = ("common_kwargs", "images_kwargs", "text_kwargs")
+
+# No tag reaches over another of its kind, so that an unfinished one does not swallow the next.
+_GROUNDED = re.compile(r"(?:<ref>((?:(?!</?ref>).)*)</ref>\s*)?<box>((?:(?!</?box>).)*)</box>", re.DOTALL)
+_FOUR_NUMBERS = re.compile(r"\[\s*" + r"\s*,\s*".join([r"(-?\d+(?:\.\d+)?)"] * 4) + r"\s*\]")
 
 
 class Segment(NamedTuple):
@@ -114,8 +129,16 @@ class MonoInternVLProcessor(ProcessorMixin):
         """Our two parts, from a native folder or an official one. (Asked for by name: transformers' automatic image
         processor class wants torchvision before 5.18, and an official folder names code that is not ours.)"""
         kwargs = {name: value for name, value in kwargs.items() if name not in ("trust_remote_code", "_from_auto")}
-        return [_load_image_processor(pretrained_model_name_or_path, **kwargs),
-                _load_tokenizer(pretrained_model_name_or_path, **kwargs)]  # fmt: skip
+        return [
+            _load_image_processor(pretrained_model_name_or_path, **kwargs),
+            _load_tokenizer(pretrained_model_name_or_path, **kwargs),
+        ]
+
+    def save_pretrained(self, save_directory, push_to_hub: bool = False, **kwargs):  # type: ignore[no-untyped-def]
+        """As in transformers; `preprocessor_config.json`, which some engines look for, is written too."""
+        os.makedirs(save_directory, exist_ok=True)
+        self.image_processor.save_pretrained(save_directory)
+        return super().save_pretrained(save_directory, push_to_hub=push_to_hub, **kwargs)
 
     # ---- encoding
 
@@ -142,6 +165,7 @@ class MonoInternVLProcessor(ProcessorMixin):
 
         Returns:
             `input_ids`, `attention_mask` int64 [B, T], and, with pictures, `pixel_values` [tiles, patches, 3*28*28].
+            Without text only `pixel_values`, each picture with a whole budget of tiles.
 
         Raises:
             ValueError: placeholders and pictures differ in number, truncation would cut a picture, unknown option.
@@ -149,16 +173,17 @@ class MonoInternVLProcessor(ProcessorMixin):
         if text is None and images is None:
             raise ValueError("give text, images or both")
         options = self._collect_options(kwargs)
+        return_tensors = options.pop("return_tensors", return_tensors)
         if text is None:
             image_options = {key: options[key] for key in _IMAGE_OPTIONS if key in options}
-            return self.image_processor(images, return_tensors=return_tensors, **image_options)
-        single = isinstance(text, str)
-        texts = [text] if single else list(text)  # type: ignore[list-item,arg-type]
-        if not all(isinstance(prompt, str) for prompt in texts):
-            raise ValueError("text must be a string or a list of strings")
+            features = self.image_processor(images, return_tensors=return_tensors, **image_options)
+            return BatchFeature({"pixel_values": features["pixel_values"]})
+        texts = [text] if isinstance(text, str) else list(text)
+        if not texts or not all(isinstance(prompt, str) for prompt in texts):
+            raise ValueError("text must be a string or a list of at least one string")
         add_bos = options.pop("add_special_tokens", True)
-        bos = self.tokenizer.bos_token or ""
-        prompts = [[Segment(bos + p if add_bos and not p.startswith(bos) else p, "template")] for p in texts]
+        prompts = [self._with_bos([Segment(prompt, "template")]) if add_bos else [Segment(prompt, "template")]
+                   for prompt in texts]  # fmt: skip
         return self._encode_batch(prompts, self._per_prompt(images, prompts), options, return_tensors)
 
     def apply_chat_template(  # type: ignore[no-untyped-def,override]
@@ -177,31 +202,39 @@ class MonoInternVLProcessor(ProcessorMixin):
 
         Args:
             conversation: messages `{"role", "content"}`, or a list of such lists. Content is a string or a list of
-                `{"type": "text", "text"}` and `{"type": "image", "image" | "url" | "path" | "base64"}`. Typed text never
-                becomes a control token; `<ref>`, `<box>` and `<quad>` are content and do.
+                `{"type": "text", "text"}`, `{"type": "image", "image" | "url" | "path" | "base64"}` and OpenAI's
+                `{"type": "image_url", "image_url"}`. With `tokenize=True` typed text, that of `documents` included,
+                never becomes a control token; `<ref>`, `<box>` and `<quad>` are content and do.
             return_assistant_tokens_mask: add `assistant_masks`, 1 at each answer and its `<|im_end|>`.
             processor_kwargs: options of `__call__`; they may also be given directly.
             **kwargs: `add_generation_prompt`, `continue_final_message`, and the template's own variables.
 
         Returns:
-            The rendered string(s); with `tokenize=True` the `input_ids`, or with `return_dict=True` all inputs.
+            The rendered string(s); with `tokenize=True` the `input_ids`, or with `return_dict=True` all inputs. A single
+            conversation without `return_tensors` gives plain lists, [T].
+
+        Raises:
+            ValueError: a message the template refuses or that is not of the form above, or what `__call__` refuses.
         """
         known = (*_IMAGE_OPTIONS, *_TEXT_OPTIONS, *_GROUPED_OPTIONS)
         direct = {name: kwargs.pop(name) for name in known if name in kwargs}
         # Newer transformers sanitise on request; here it is always so.
         kwargs.pop("sanitize_control_tokens", None)
+        if not isinstance(conversation, (list, tuple)):
+            raise ValueError(f"a conversation is a list of messages, not {type(conversation).__name__}")
+        batched = bool(conversation) and isinstance(conversation[0], (list, tuple))
+        conversations = conversation if batched else [conversation]
         if not tokenize:
-            return super().apply_chat_template(conversation, chat_template, tokenize=False, **kwargs)
+            rendered = [self._render(messages, chat_template, kwargs) for messages in conversations]
+            return rendered if batched else rendered[0]
         options = self._collect_options({**direct, **(processor_kwargs or {})})
         return_tensors = options.pop("return_tensors", return_tensors)
-        options.pop("add_special_tokens", None)
-        batched = bool(conversation) and isinstance(conversation[0], (list, tuple))
+        add_bos = options.pop("add_special_tokens", True)
         prompts, pictures = [], []
-        for messages in conversation if batched else [conversation]:
-            typed: list[Segment] = []
-            stand_ins, images = _take_out(messages, typed)
-            rendered = super().apply_chat_template(stand_ins, chat_template, tokenize=False, **kwargs)
-            prompts.append(_put_back(rendered, typed))
+        for messages in conversations:
+            messages, images = _take_images(messages)
+            prompt = self._render_by_origin(messages, chat_template, kwargs)
+            prompts.append(self._with_bos(prompt) if add_bos else prompt)
             pictures.append(images)
         inputs = self._encode_batch(
             prompts,
@@ -212,6 +245,59 @@ class MonoInternVLProcessor(ProcessorMixin):
             unpack=not batched,
         )
         return inputs if return_dict else inputs["input_ids"]
+
+    def _render(self, messages: Sequence[dict[str, Any]], chat_template: str | None, variables: dict[str, Any]) -> str:
+        """Render one conversation, which may be empty; it is not changed."""
+        # Older transformers write into the messages.
+        copies = [dict(message) if isinstance(message, dict) else message for message in messages]
+        try:
+            return super().apply_chat_template([copies], chat_template, tokenize=False, **variables)[0]
+        except jinja2.TemplateError as error:
+            raise ValueError(f"the chat template refuses the conversation: {error}") from error
+
+    def _render_by_origin(
+        self, messages: list[dict[str, Any]], chat_template: str | None, variables: dict[str, Any]
+    ) -> list[Segment]:
+        """Render one conversation and tell what of it was typed, and by whom.
+
+        Typed text is rendered between marks. They must not change what the template does, so the result is compared with
+        the plain one. White space at the ends, which templates look at and trim, stays outside of the marks; an answer's
+        is first tried inside, because it belongs to the answer.
+        """
+        plain = self._render(messages, chat_template, variables)
+        documents = variables.get("documents")
+        user, assistant, close = _unused_characters(3, [plain, *_strings(messages), *_strings(documents)])
+        for trimmed in (False, True):
+
+            def marked(value: Any, opening: str, trimmed: bool = trimmed) -> Any:
+                if isinstance(value, str):
+                    body = value.strip() if trimmed or opening == user else value
+                    before, _, after = value.partition(body) if body else (value, "", "")
+                    return f"{before}{opening}{body}{close}{after}" if body else value
+                if isinstance(value, (list, tuple)):
+                    return [marked(item, opening) for item in value]
+                if isinstance(value, dict):
+                    return {k: v if k in ("role", "type") else marked(v, opening) for k, v in value.items()}
+                return value
+
+            rendered = self._render(
+                [marked(message, assistant if message["role"] == "assistant" else user) for message in messages],
+                chat_template,
+                variables if documents is None else {**variables, "documents": marked(documents, user)},
+            )
+            segments = _split_at_marks(rendered, {user: "user", assistant: "answer"}, close)
+            if segments is not None and "".join(segment.text for segment in segments) == plain:
+                return segments
+        raise ValueError(
+            "the chat template changes typed text so that its origin cannot be followed; if you trust all of the "
+            "messages, render them with tokenize=False and encode the result with processor(text=...)"
+        )
+
+    def _with_bos(self, prompt: list[Segment]) -> list[Segment]:
+        """Put `<s>` in front unless the prompt, not its user, has it there."""
+        bos = self.tokenizer.bos_token or ""
+        begun = bool(prompt) and prompt[0].origin == "template" and prompt[0].text.startswith(bos)
+        return prompt if begun else [Segment(bos, "template"), *prompt]
 
     def conversation(self, turns: Sequence[tuple[str, str | None]], images: Sequence[Any]) -> list[dict[str, Any]]:
         """(prompt, answer) pairs, whose prompts mark pictures by `<image>`, to messages; an answer of None is left out.
@@ -256,16 +342,17 @@ class MonoInternVLProcessor(ProcessorMixin):
         """Deal pictures out to prompts; None for a prompt means that its pictures were not given at all."""
         if images is None:
             return [None] * len(prompts)
-        if not isinstance(images, (list, tuple)):
-            images = [images]
-        if images and all(isinstance(group, (list, tuple)) for group in images):
+        if isinstance(images, (list, tuple)) and any(isinstance(group, (list, tuple)) for group in images):
+            if not all(group is None or isinstance(group, (list, tuple)) for group in images):
+                raise ValueError("images mixes pictures with lists of pictures; give one list per prompt")
             if len(images) != len(prompts):
                 raise ValueError(
                     f"{len(images)} lists of pictures for {len(prompts)} prompts; give one list per prompt"
                 )
-            return [list(group) for group in images]
+            return [_flat(group or []) for group in images]
+        images = _flat(images)
         if len(prompts) == 1:
-            return [list(images)]
+            return [images]
         wanted = [sum(len(_runs(segment.text)) for segment in prompt) for prompt in prompts]
         if sum(wanted) != len(images):
             raise ValueError(
@@ -298,14 +385,8 @@ class MonoInternVLProcessor(ProcessorMixin):
             elif images is not None:
                 tokens = []
             ids, answers = self._encode(prompt, tokens)
-            limit = options.get("max_length") if options.get("truncation") else None
-            if limit is not None and len(ids) > limit:
-                if self.image_token_id in ids[limit:]:
-                    raise ValueError(
-                        f"truncation to max_length={limit} would cut a picture out of a prompt of {len(ids)} tokens; "
-                        "raise max_length or lower max_tiles"
-                    )
-                ids, answers = ids[:limit], answers[:limit]
+            if options.get("truncation") not in (None, False, "do_not_truncate"):
+                ids, answers = self._truncate(ids, answers, options.get("max_length"))
             rows["input_ids"].append(ids)
             rows["assistant_masks"].append(answers)
 
@@ -325,10 +406,28 @@ class MonoInternVLProcessor(ProcessorMixin):
 
     def _share_tiles(self, image_options: dict[str, Any], count: int) -> dict[str, Any]:
         """The pictures of one prompt share its budget of tiles."""
-        budget = image_options.get("max_tiles") or self.image_processor.max_tiles
-        share = max(1, budget // count)
-        least = image_options.get("min_tiles") or self.image_processor.min_tiles
-        return {**image_options, "max_tiles": share, "min_tiles": min(least, share) if count > 1 else least}
+        budget = image_options.get("max_tiles", self.image_processor.max_tiles)
+        if count == 1 or not isinstance(budget, int) or budget < 1:  # the image processor refuses a wrong one
+            return image_options
+        shared = {**image_options, "max_tiles": max(1, budget // count)}
+        if "min_tiles" in shared:
+            shared["min_tiles"] = min(shared["min_tiles"], shared["max_tiles"])
+        return shared
+
+    def _truncate(self, ids: list[int], answers: list[int], limit: int | None) -> tuple[list[int], list[int]]:
+        limit = self.tokenizer.model_max_length if limit is None else limit
+        excess = len(ids) - limit
+        if excess <= 0:
+            return ids, answers
+        kept, removed = slice(0, limit), ids[limit:]
+        if self.tokenizer.truncation_side == "left":
+            kept, removed = slice(excess, None), ids[:excess]
+        if not set(self.image_token_ids).isdisjoint(removed):
+            raise ValueError(
+                f"truncation to max_length={limit} would cut a picture out of a prompt of {len(ids)} tokens; "
+                "raise max_length or lower max_tiles"
+            )
+        return ids[kept], answers[kept]
 
     def _encode(self, prompt: Iterable[Segment], tokens: list[int] | None) -> tuple[list[int], list[int]]:
         """Segments -> ids, and 1 where an answer or its `<|im_end|>` is.
@@ -360,27 +459,31 @@ class MonoInternVLProcessor(ProcessorMixin):
 
         ids: list[int] = []
         answers: list[int] = []
-        i = 0
-        while i < len(pieces):
-            value, is_answer = pieces[i]
-            if isinstance(value, int):
-                ids.append(value)
-                answers.append(int(is_answer))
-                i += 1
+        for is_text, run in itertools.groupby(pieces, key=lambda piece: isinstance(piece[0], str)):
+            if not is_text:
+                for token, is_answer in run:
+                    ids.append(token)  # type: ignore[arg-type]
+                    answers.append(int(is_answer))
                 continue
-            text, spans = "", []
-            while i < len(pieces) and isinstance(pieces[i][0], str):
-                if pieces[i][1]:
-                    spans.append((len(text), len(text) + len(pieces[i][0])))  # type: ignore[arg-type]
-                text += pieces[i][0]  # type: ignore[operator]
-                i += 1
-            encoded = self.tokenizer(
-                text, add_special_tokens=False, split_special_tokens=True, return_offsets_mapping=True
-            )
+            text, owned = "", bytearray()
+            for part, is_answer in run:
+                text += part  # type: ignore[operator]
+                owned += bytes([is_answer]) * len(part)  # type: ignore[arg-type]
+            encoded = self._tokenize(text)
             ids += encoded["input_ids"]
-            for start, end in encoded["offset_mapping"]:
-                answers.append(int(any(max(start, a) < min(max(end, start + 1), b) for a, b in spans)))
+            answers += [int(any(owned[start : max(end, start + 1)])) for start, end in encoded["offset_mapping"]]
         return ids, answers
+
+    def _tokenize(self, text: str) -> Any:
+        """Plain text -> ids and character offsets; nothing in it is a control token."""
+        try:
+            text.encode("utf-8")
+        except UnicodeEncodeError as error:
+            raise ValueError(
+                f"the text holds U+{ord(text[error.start]):04X}, half of a character (a lone surrogate), near "
+                f"{text[max(error.start - 20, 0) : error.start]!r}"
+            ) from error
+        return self.tokenizer(text, add_special_tokens=False, split_special_tokens=True, return_offsets_mapping=True)
 
     def _expand(self, pieces: list[tuple[int | str, bool]], tokens: list[int]) -> list[tuple[int | str, bool]]:
         """One placeholder (or an already expanded run of them) per picture -> as many as it has visual tokens."""
@@ -413,8 +516,12 @@ class MonoInternVLProcessor(ProcessorMixin):
         lengths = [len(ids) for ids in rows["input_ids"]]
         padding = options.get("padding")
         if padding is None:
-            padding = return_tensors is not None and len(set(lengths)) > 1
+            padding = return_tensors is not None
+        if padding not in (True, False, "longest", "max_length", "do_not_pad"):
+            raise ValueError(f"padding={padding!r} is not known; allowed are True, False, longest, max_length, do_not_pad")
         side = options.get("padding_side") or self.tokenizer.padding_side
+        if side not in ("left", "right"):
+            raise ValueError(f"padding_side={side!r} is not known; allowed are left and right")
         target = 0
         if padding == "max_length":
             if options.get("max_length") is None:
@@ -422,8 +529,10 @@ class MonoInternVLProcessor(ProcessorMixin):
             target = options["max_length"]
         elif padding and padding != "do_not_pad":
             target = max(lengths)
-            multiple = options.get("pad_to_multiple_of") or 1
-            target = -(-target // multiple) * multiple
+        elif return_tensors is not None and len(set(lengths)) > 1:
+            raise ValueError(f"prompts of {min(lengths)} to {max(lengths)} tokens make no tensor without padding")
+        multiple = options.get("pad_to_multiple_of") or 1
+        target = -(-target // multiple) * multiple
 
         def padded(row: list[int], filler: int) -> list[int]:
             missing = [filler] * max(target - len(row), 0)
@@ -440,50 +549,48 @@ class MonoInternVLProcessor(ProcessorMixin):
     def answer_decoder(self, *, keep_grounding_tags: bool = False) -> Callable[..., str]:
         """A function `(ids, partial=False) -> str`: an answer's text up to its first stop token, without control tokens.
 
-        A character whose bytes have not all come is left out. The text is stripped; with `partial=True` only its end is
-        held back, so that later calls extend earlier ones.
+        The text is stripped, and a character whose bytes have not all come is left out: the text of a beginning of `ids`
+        is always a beginning of the text of all of them, so `partial` (more will follow) makes no difference.
         """
         stops = set(self.stop_token_ids)
         dropped = {i for token, i in self._control_ids.items() if token not in GROUNDING_TAGS}
         if not keep_grounding_tags:
             dropped |= set(self._grounding_ids.values())
+        vocabulary = self.tokenizer.get_vocab()
+        # A model may have more rows than the tokenizer has tokens.
+        known = set(vocabulary.values()) - dropped
+        byte_pieces = {vocabulary[name]: i for i in range(256) if (name := f"<0x{i:02X}>") in vocabulary}
 
-        def decode(ids: list[int], partial: bool = False) -> str:
-            end = next((i for i, token in enumerate(ids) if token in stops), len(ids))
-            kept = [token for token in ids[:end] if token not in dropped]
-            kept = kept[: len(kept) - self._pending_bytes(kept)]
-            return self.tokenizer.decode(kept, skip_special_tokens=False, clean_up_tokenization_spaces=False).strip()
+        def decode(ids: Sequence[int], partial: bool = False) -> str:
+            # transformers decodes all bytes of a run anew as others follow, and one bad byte spoils the good ones.
+            characters = codecs.getincrementaldecoder("utf-8")("replace")
+            kept = [token for token in itertools.takewhile(lambda token: token not in stops, ids) if token in known]
+            text = ""
+            for is_bytes, run in itertools.groupby(kept, key=byte_pieces.__contains__):
+                if is_bytes:
+                    text += characters.decode(bytes(byte_pieces[token] for token in run))
+                else:
+                    text += characters.decode(b"", final=True)
+                    text += self.tokenizer.decode(
+                        list(run), skip_special_tokens=False, clean_up_tokenization_spaces=False
+                    )
+            return text.strip()
 
         return decode
-
-    def _pending_bytes(self, ids: list[int]) -> int:
-        """How many byte pieces at the end begin a UTF-8 character that is not finished."""
-        tail = bytearray()
-        for token in reversed(self.tokenizer.convert_ids_to_tokens(ids[-4:])):
-            match = re.fullmatch(r"<0x([0-9A-F]{2})>", token)
-            if match is None:
-                break
-            tail.insert(0, int(match[1], 16))
-        for length in range(1, min(len(tail), 3) + 1):
-            lead = tail[-length]
-            if lead >= 0xC0:
-                needed = 2 if lead < 0xE0 else 3 if lead < 0xF0 else 4
-                return length if length < needed else 0
-            if lead < 0x80:
-                return 0
-        return 0
 
     def parse_boxes(self, answer: str, width: int, height: int) -> list[GroundedBox]:
         """Boxes in an answer that kept its tags, in pixels of a picture of `width` x `height`.
 
         The model writes `<ref>name</ref><box>[[x1, y1, x2, y2], ...]</box>` with integers 0..1000 relative to the whole
-        picture. Boxes without a `<ref>` get an empty label; what is not four numbers is skipped.
+        picture; what lies outside is moved to the edge, and corners are put in order. Boxes without a `<ref>` get an
+        empty label; what is not four numbers is skipped.
         """
         found = []
-        for label, boxes in re.findall(r"(?:<ref>(.*?)</ref>\s*)?<box>(.*?)</box>", answer, flags=re.DOTALL):
-            for numbers in re.findall(r"\[\s*([\d.]+)\s*,\s*([\d.]+)\s*,\s*([\d.]+)\s*,\s*([\d.]+)\s*\]", boxes):
-                x1, y1, x2, y2 = (min(float(number), 1000.0) / 1000 for number in numbers)
-                found.append(GroundedBox(label.strip(), (x1 * width, y1 * height, x2 * width, y2 * height)))
+        for label, boxes in _GROUNDED.findall(answer):
+            for numbers in _FOUR_NUMBERS.findall(boxes):
+                x1, y1, x2, y2 = (min(max(float(number), 0.0), 1000.0) / 1000 for number in numbers)
+                (left, right), (top, bottom) = sorted((x1, x2)), sorted((y1, y2))
+                found.append(GroundedBox(label.strip(), (left * width, top * height, right * width, bottom * height)))
         return found
 
     def post_process_image_text_to_text(self, generated_outputs, skip_special_tokens: bool = True, **kwargs: Any):  # type: ignore[no-untyped-def]
@@ -498,7 +605,8 @@ class MonoInternVLProcessor(ProcessorMixin):
         """Visual tokens and tiles of pictures given by (height, width), each with a whole budget of tiles."""
         if image_sizes is None:
             return MultiModalData()
-        options = {name: kwargs[name] for name in ("min_tiles", "max_tiles") if kwargs.get(name) is not None}
+        names = ("min_tiles", "max_tiles", "use_thumbnail")
+        options = {name: kwargs[name] for name in names if kwargs.get(name) is not None}
         tiles = [self.image_processor.get_number_of_tiles(height, width, **options) for height, width in image_sizes]
         return MultiModalData(
             num_image_tokens=[count * self.tokens_per_tile for count in tiles], num_image_patches=tiles
@@ -516,60 +624,110 @@ def _runs(text: str) -> list[str]:
     return re.findall(f"(?:{re.escape(IMAGE_TOKEN)})+", text)
 
 
-def _take_out(messages: Sequence[dict[str, Any]], typed: list[Segment]) -> tuple[list[dict[str, Any]], list[Any]]:
-    """Copy messages with a stand-in for each typed text, which is added to `typed`; also the pictures, in order."""
+def _flat(pictures: Any) -> list[Any]:
+    """Pictures in any nesting as one list; an array of four dimensions is several."""
+    if isinstance(pictures, (list, tuple)):
+        return [picture for item in pictures for picture in _flat(item)]
+    if isinstance(pictures, (np.ndarray, torch.Tensor)) and pictures.ndim == 4:
+        return list(pictures)
+    return [pictures]
+
+
+def _take_images(messages: Sequence[dict[str, Any]]) -> tuple[list[dict[str, Any]], list[Any]]:
+    """Copies of the messages whose image parts hold nothing but their type, and the pictures in order.
+
+    Raises:
+        ValueError: a message, part or text is not of the form that `apply_chat_template` describes.
+    """
     images: list[Any] = []
-
-    def stand_in(text: Any, role: str) -> str:
-        if not isinstance(text, str):
-            raise ValueError(f"a {role} message's text must be a string, not {type(text).__name__}")
-        if text == "":
-            return ""
-        typed.append(Segment(text, "answer" if role == "assistant" else "user"))
-        # A line break in front matters to the template (pictures stand on their own lines), so it stays visible.
-        return ("\n" if text.startswith("\n") else "") + f"{_OPEN}{len(typed) - 1}{_CLOSE}"
-
     copies = []
     for message in messages:
         if not isinstance(message, dict) or "role" not in message or "content" not in message:
             raise ValueError("a message is a dict with 'role' and 'content'")
         role, content = message["role"], message["content"]
+        if not isinstance(role, str):
+            raise ValueError(f"a message's role must be a string, not {type(role).__name__}")
         if isinstance(content, str):
-            copies.append({**message, "content": stand_in(content, role)})
+            copies.append(dict(message))
             continue
-        parts = []
+        if not isinstance(content, (list, tuple)):
+            raise ValueError(
+                f"a {role} message's content must be a string or a list of parts, not {type(content).__name__}"
+            )
+        parts: list[Any] = []
         for part in content:
-            if part.get("type") == "text":
-                parts.append({"type": "text", "text": stand_in(part["text"], role)})
-            elif part.get("type") == "image":
-                source = next(
-                    (part[key] for key in ("image", "url", "path", "base64") if part.get(key) is not None), None
-                )
-                if source is None:
-                    raise ValueError("an image part needs one of 'image', 'url', 'path' and 'base64'")
-                images.append(source)
+            kind = part.get("type") if isinstance(part, dict) else None
+            if kind in ("image", "image_url"):
+                images.append(_image_source(part))
                 parts.append({"type": "image"})
+            elif kind is None:
+                raise ValueError(f"a {role} message's part must be a dict with a 'type', such as text or image")
+            elif kind == "text" and not isinstance(part.get("text"), str):
+                raise ValueError(f"a {role} message's text must be a string, not {type(part.get('text')).__name__}")
             else:
-                parts.append(dict(part))
+                parts.append(part)
         copies.append({**message, "content": parts})
     return copies, images
 
 
-def _put_back(rendered: str, typed: list[Segment]) -> list[Segment]:
-    """Cut a rendered string at its stand-ins."""
-    segments = []
-    for i, piece in enumerate(re.split(f"{_OPEN}(\\d+){_CLOSE}", _guard_line_breaks(rendered, typed))):
-        segments.append(typed[int(piece)] if i % 2 else Segment(piece, "template"))
-    return [segment for segment in segments if segment.text]
+def _image_source(part: dict[str, Any]) -> Any:
+    if part["type"] == "image_url":
+        source = part.get("image_url")
+        source = source.get("url") if isinstance(source, dict) else source
+        if not isinstance(source, str):
+            raise ValueError("an image_url part needs 'image_url': {'url': ...}")
+        return source
+    for key in ("image", "url", "path"):
+        if part.get(key) is not None:
+            return part[key]
+    encoded = part.get("base64")
+    if encoded is None:
+        raise ValueError("an image part needs one of 'image', 'url', 'path' and 'base64'")
+    if isinstance(encoded, str) and encoded[:5].lower() == "data:":
+        return encoded
+    try:
+        return base64.b64decode("".join(encoded.split()) if isinstance(encoded, str) else encoded, validate=True)
+    except (binascii.Error, ValueError, TypeError) as error:
+        raise ValueError(f"the 'base64' of an image part is not base64: {error}") from error
 
 
-def _guard_line_breaks(rendered: str, typed: list[Segment]) -> str:
-    """Drop the visible line break of a stand-in whose text brings its own."""
+def _strings(value: Any) -> Iterator[str]:
+    """All strings in nested lists and dicts."""
+    if isinstance(value, str):
+        yield value
+    elif isinstance(value, (list, tuple, dict)):
+        for item in value.values() if isinstance(value, dict) else value:
+            yield from _strings(item)
 
-    def once(match: re.Match[str]) -> str:
-        return match[0][1:] if typed[int(match[2])].text.startswith("\n") and match[1] else match[0]
 
-    return re.sub(f"(\n?){_OPEN}(\\d+){_CLOSE}", once, rendered)
+def _unused_characters(count: int, texts: Iterable[str]) -> list[str]:
+    """Private-use characters that occur in none of the texts."""
+    used = set().union(*texts)
+    free = (character for code in itertools.chain(*_PRIVATE_USE) if (character := chr(code)) not in used)
+    found = list(itertools.islice(free, count))
+    if len(found) < count:
+        raise ValueError("the messages hold every private-use character there is")
+    return found
+
+
+def _split_at_marks(rendered: str, openings: dict[str, str], close: str) -> list[Segment] | None:
+    """Cut a rendered string at its marks; None where they are not in pairs. Neighbours of one origin become one."""
+    segments: list[Segment] = []
+    origin = "template"
+    for piece in re.split(f"([{''.join(openings)}{close}])", rendered):
+        if piece in openings:
+            if origin != "template":
+                return None
+            origin = openings[piece]
+        elif piece == close:
+            if origin == "template":
+                return None
+            origin = "template"
+        elif piece and segments and segments[-1].origin == origin:
+            segments[-1] = Segment(segments[-1].text + piece, origin)
+        elif piece:
+            segments.append(Segment(piece, origin))
+    return segments if origin == "template" else None
 
 
 def _read_json(path: str, name: str, **kwargs: Any) -> dict[str, Any]:
@@ -581,20 +739,22 @@ def _read_json(path: str, name: str, **kwargs: Any) -> dict[str, Any]:
 
 
 def _load_image_processor(path: str, **kwargs: Any) -> MonoInternVLImageProcessor:
-    """Ours if the folder has one; else from an official `config.json`, which holds the tiling."""
+    """Ours if the folder has one; else from an official `config.json`, which holds the tiling. Options override it."""
+    chosen = {name: kwargs[name] for name in ("tile_size", *_IMAGE_OPTIONS) if kwargs.get(name) is not None}
     for name in ("processor_config.json", "preprocessor_config.json"):
         settings = _read_json(path, name, **kwargs)
         settings = settings.get("image_processor", settings)
         if settings.get("image_processor_type") == MonoInternVLImageProcessor.__name__:
-            return MonoInternVLImageProcessor(**settings)
+            return MonoInternVLImageProcessor(**{**settings, **chosen})
     config = _read_json(path, "config.json", **kwargs)
     vision = config.get("vision_config", {})
-    return MonoInternVLImageProcessor(
-        tile_size=config.get("force_image_size") or vision.get("image_size", 448),
-        min_tiles=config.get("min_dynamic_patch", 1),
-        max_tiles=config.get("max_dynamic_patch", 12),
-        use_thumbnail=config.get("use_thumbnail", True),
-    )
+    official = {
+        "tile_size": config.get("force_image_size") or vision.get("image_size", 448),
+        "min_tiles": config.get("min_dynamic_patch", 1),
+        "max_tiles": config.get("max_dynamic_patch", 12),
+        "use_thumbnail": config.get("use_thumbnail", True),
+    }
+    return MonoInternVLImageProcessor(**{**official, **chosen})
 
 
 def _load_tokenizer(path: str, **kwargs: Any) -> Any:
@@ -608,12 +768,18 @@ def _load_tokenizer(path: str, **kwargs: Any) -> Any:
     if model_file is None:
         raise ValueError(f"{path} has neither tokenizer.json nor tokenizer.model")
     try:
-        from mono_internvl.tokenization import load_tokenizer
+        from mono_internvl.tokenization import convert_tokenizer
     except ImportError as error:
         raise ImportError(
-            f"{path} has only a tokenizer.model: install this package, or run `mono-internvl tokenizer {model_file} {path}`"
+            f"{path} has only a tokenizer.model: install this package, or convert it once where it is installed: "
+            f"mono-internvl tokenizer {model_file} {path}"
         ) from error
-    return load_tokenizer(model_file)
+    logger.info("converting %s, which takes seconds; `mono-internvl tokenizer` does it once and for all", model_file)
+    with tempfile.TemporaryDirectory() as folder:
+        convert_tokenizer(model_file, folder)
+        tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
+    tokenizer.name_or_path = str(path)
+    return tokenizer
 
 
 MonoInternVLProcessor.register_for_auto_class("AutoProcessor")
