@@ -91,10 +91,6 @@ class MonoInternVLTextConfig(PreTrainedConfig):
         "layers.*.self_attn.k_proj": "colwise",
         "layers.*.self_attn.v_proj": "colwise",
         "layers.*.self_attn.o_proj": "rowwise",
-        "layers.*.self_attn.visual_q_proj": "colwise",
-        "layers.*.self_attn.visual_k_proj": "colwise",
-        "layers.*.self_attn.visual_v_proj": "colwise",
-        "layers.*.self_attn.visual_o_proj": "rowwise",
         "layers.*.mlp.gate_proj": "colwise",
         "layers.*.mlp.up_proj": "colwise",
         "layers.*.mlp.down_proj": "rowwise",
@@ -158,6 +154,13 @@ class MonoInternVLTextConfig(PreTrainedConfig):
         rope_type = (self.rope_parameters or {}).get("rope_type", "default")
         if rope_type not in ("default", "dynamic"):
             raise ValueError(f"text_config: rope type {rope_type!r} is not known; allowed are default and dynamic")
+        self.plan_visual_attention()
+
+    def plan_visual_attention(self) -> None:
+        """Add tensor-parallel rules for the visual projections there are: transformers warns of a rule without a match."""
+        parts = "" if self.visual_attention_experts == "none" else self.visual_attention_experts
+        rules = {f"layers.*.self_attn.visual_{x}_proj": "rowwise" if x == "o" else "colwise" for x in parts}
+        self.base_model_tp_plan = {**self.base_model_tp_plan, **rules}
 
 
 def _only_fields(values: dict[str, Any], config_class: type[PreTrainedConfig], extra: tuple[str, ...] = ()) -> dict:
@@ -219,6 +222,7 @@ class MonoInternVLConfig(PreTrainedConfig):
                 f"text_config.visual_attention_experts={text_choice!r}"
             )
         self.text_config.visual_attention_experts = self.visual_attention_experts
+        self.text_config.plan_visual_attention()
 
         if self.tie_word_embeddings or self.text_config.tie_word_embeddings:
             self.tie_word_embeddings = self.text_config.tie_word_embeddings = True

@@ -183,7 +183,11 @@ class MonoInternVLRotaryEmbedding(nn.Module):
         super().__init__()
         self.config = config
         self.theta = float(config.rope_parameters["rope_theta"])
-        self.dynamic = config.rope_parameters.get("rope_type", "default") == "dynamic"
+        rope_type = config.rope_parameters.get("rope_type", "default")
+        if rope_type not in ("default", "dynamic"):
+            # The config refuses it too, but `rope_parameters` can be assigned later.
+            raise ValueError(f"text_config: rope type {rope_type!r} is not known; allowed are default and dynamic")
+        self.dynamic = rope_type == "dynamic"
         self.factor = float(config.rope_parameters.get("factor", 1.0))
         self.register_buffer("inv_freq", self.initial_inv_freq(), persistent=False)
 
@@ -510,7 +514,7 @@ class MonoInternVLTextModel(MonoInternVLPreTrainedModel):
                 routing=routing,
                 **kwargs,
             )
-        mask, queries = self._last_queries(mask, keep)
+        mask, queries = self._last_queries(mask, keep, past_key_values)
         x = self.layers[-1](
             x,
             attention_mask=mask,
@@ -524,14 +528,16 @@ class MonoInternVLTextModel(MonoInternVLPreTrainedModel):
         )
         return BaseModelOutputWithPast(last_hidden_state=self.norm(x), past_key_values=past_key_values)
 
-    def _last_queries(self, mask: Any, keep: int | None) -> tuple[Any, int | None]:
+    def _last_queries(self, mask: Any, keep: int | None, cache: Cache | None) -> tuple[Any, int | None]:
         """The mask of the last `keep` queries, where the backend lets us leave the other queries out."""
         if keep is None or self.config._attn_implementation not in ("eager", "sdpa"):
             return mask, None
         if isinstance(mask, torch.Tensor):
             return (mask[:, :, -keep:], keep) if mask.dim() == 4 else (mask, None)
-        # Without a mask sdpa would align a triangle of several queries to the first keys instead of the last.
-        return (None, 1) if mask is None and keep == 1 else (mask, None)
+        # Without a mask sdpa would align a triangle of several queries to the first keys instead of the last, and a single
+        # query sees every key: right only if all keys are tokens, which the empty places of a static cache are not.
+        full = cache is None or isinstance(cache, DynamicCache)
+        return (None, 1) if mask is None and keep == 1 and full else (mask, None)
 
 
 class MonoInternVLModel(MonoInternVLPreTrainedModel):
@@ -617,7 +623,14 @@ class MonoInternVLModel(MonoInternVLPreTrainedModel):
         count = None if rows is None else rows.shape[0]
         if torch.compiler.is_compiling():
             # Nothing can be looked at here; whether the kept rows are text is unknown, so the last layer does them all.
-            return make_routing_plan(mask, int(mask.sum()) if count is None else count), None
+            if count is None:
+                return make_routing_plan(mask, int(mask.sum())), None
+            # The one check that neither breaks the graph nor waits for the device; it cannot name the placeholders' count.
+            torch._assert_async(
+                mask.sum() == count,
+                f"visual tokens and image placeholders (id {self.config.image_token_id}) differ in number; they must match",
+            )
+            return make_routing_plan(mask, count), None
         placeholders, kept = mask.sum(), mask[:, -(keep or 0) :].sum()
         placeholders, kept = torch.stack([placeholders, kept]).tolist()
         if count is not None and count != placeholders:

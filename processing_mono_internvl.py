@@ -94,8 +94,10 @@ class MonoInternVLProcessor(ProcessorMixin):
             if absent:
                 raise ValueError(f"the tokenizer lacks {', '.join(absent)}: it is not one of Mono-InternVL's")
             self.image_token_id = vocabulary[IMAGE_TOKEN]
+            self.image_token_ids = [vocabulary[token] for token in (IMAGE_TOKEN, IMAGE_START, IMAGE_END)]
             self._control_ids = {token: vocabulary[token] for token in tokenizer.all_special_tokens}
             self._grounding_ids = {tag: vocabulary[tag] for tag in GROUNDING_TAGS if tag in vocabulary}
+            self._byte_pieces = {vocabulary[name]: i for i in range(256) if (name := f"<0x{i:02X}>") in vocabulary}
             self._control_pattern = _alternatives(self._control_ids)
             self._grounding_pattern = _alternatives(self._grounding_ids)
         super().__init__(image_processor, tokenizer, chat_template=chat_template, **kwargs)
@@ -109,10 +111,6 @@ class MonoInternVLProcessor(ProcessorMixin):
     def stop_token_ids(self) -> list[int]:
         """Ids that end an answer: `</s>`, `<|im_end|>`, `<|im_start|>`."""
         return [self.tokenizer.eos_token_id, self._control_ids["<|im_end|>"], self._control_ids["<|im_start|>"]]
-
-    @property
-    def image_token_ids(self) -> list[int]:
-        return [self.image_token_id, self._control_ids[IMAGE_START], self._control_ids[IMAGE_END]]
 
     @property
     def unused_input_names(self) -> list[str]:
@@ -182,8 +180,9 @@ class MonoInternVLProcessor(ProcessorMixin):
         if not texts or not all(isinstance(prompt, str) for prompt in texts):
             raise ValueError("text must be a string or a list of at least one string")
         add_bos = options.pop("add_special_tokens", True)
-        prompts = [self._with_bos([Segment(prompt, "template")]) if add_bos else [Segment(prompt, "template")]
-                   for prompt in texts]  # fmt: skip
+        prompts = [[Segment(prompt, "template")] for prompt in texts]
+        if add_bos:
+            prompts = [self._with_bos(prompt) for prompt in prompts]
         return self._encode_batch(prompts, self._per_prompt(images, prompts), options, return_tensors)
 
     def apply_chat_template(  # type: ignore[no-untyped-def,override]
@@ -210,8 +209,8 @@ class MonoInternVLProcessor(ProcessorMixin):
             **kwargs: `add_generation_prompt`, `continue_final_message`, and the template's own variables.
 
         Returns:
-            The rendered string(s); with `tokenize=True` the `input_ids`, or with `return_dict=True` all inputs. A single
-            conversation without `return_tensors` gives plain lists, [T].
+            The rendered string(s); with `tokenize=True` the `input_ids`, or with `return_dict=True` all inputs. Without
+            `return_tensors` those of a single conversation are plain lists, [T].
 
         Raises:
             ValueError: a message the template refuses or that is not of the form above, or what `__call__` refuses.
@@ -260,10 +259,13 @@ class MonoInternVLProcessor(ProcessorMixin):
     ) -> list[Segment]:
         """Render one conversation and tell what of it was typed, and by whom.
 
-        Typed text is rendered between marks. They must not change what the template does, so the result is compared with
-        the plain one. White space at the ends, which templates look at and trim, stays outside of the marks; an answer's
-        is first tried inside, because it belongs to the answer.
+        Typed text is rendered between marks. They must not change what the template does, so the result is compared
+        with the plain one. White space at the ends, which templates look at and trim, stays outside of the marks; an
+        answer's is first tried inside, because it belongs to the answer.
         """
+        for message in messages:
+            if self._control_pattern.search(message["role"]):
+                raise ValueError(f"a message's role holds a control token: {message['role']!r}")
         plain = self._render(messages, chat_template, variables)
         documents = variables.get("documents")
         user, assistant, close = _unused_characters(3, [plain, *_strings(messages), *_strings(documents)])
@@ -390,7 +392,7 @@ class MonoInternVLProcessor(ProcessorMixin):
             rows["input_ids"].append(ids)
             rows["assistant_masks"].append(answers)
 
-        data = self._pad(rows, options, return_tensors)
+        data: dict[str, Any] = self._pad(rows, options, return_tensors)
         if not answer_mask:
             data.pop("assistant_masks")
         if options.get("return_mm_token_type_ids"):
@@ -518,7 +520,9 @@ class MonoInternVLProcessor(ProcessorMixin):
         if padding is None:
             padding = return_tensors is not None
         if padding not in (True, False, "longest", "max_length", "do_not_pad"):
-            raise ValueError(f"padding={padding!r} is not known; allowed are True, False, longest, max_length, do_not_pad")
+            raise ValueError(
+                f"padding={padding!r} is not known; allowed are True, False, longest, max_length, do_not_pad"
+            )
         side = options.get("padding_side") or self.tokenizer.padding_side
         if side not in ("left", "right"):
             raise ValueError(f"padding_side={side!r} is not known; allowed are left and right")
@@ -547,24 +551,23 @@ class MonoInternVLProcessor(ProcessorMixin):
     # ---- decoding
 
     def answer_decoder(self, *, keep_grounding_tags: bool = False) -> Callable[..., str]:
-        """A function `(ids, partial=False) -> str`: an answer's text up to its first stop token, without control tokens.
+        """A function `(ids, partial=False) -> str`: an answer's text up to a stop token, without control tokens.
 
-        The text is stripped, and a character whose bytes have not all come is left out: the text of a beginning of `ids`
-        is always a beginning of the text of all of them, so `partial` (more will follow) makes no difference.
+        The text is stripped, and a character whose bytes have not all come is left out: the text of the first ids is
+        always a beginning of the text of all of them, so `partial` (more will follow) makes no difference.
         """
         stops = set(self.stop_token_ids)
         dropped = {i for token, i in self._control_ids.items() if token not in GROUNDING_TAGS}
         if not keep_grounding_tags:
             dropped |= set(self._grounding_ids.values())
-        vocabulary = self.tokenizer.get_vocab()
         # A model may have more rows than the tokenizer has tokens.
-        known = set(vocabulary.values()) - dropped
-        byte_pieces = {vocabulary[name]: i for i in range(256) if (name := f"<0x{i:02X}>") in vocabulary}
+        size, byte_pieces = len(self.tokenizer), self._byte_pieces
 
         def decode(ids: Sequence[int], partial: bool = False) -> str:
             # transformers decodes all bytes of a run anew as others follow, and one bad byte spoils the good ones.
             characters = codecs.getincrementaldecoder("utf-8")("replace")
-            kept = [token for token in itertools.takewhile(lambda token: token not in stops, ids) if token in known]
+            answer = itertools.takewhile(lambda token: token not in stops, ids)
+            kept = [token for token in answer if 0 <= token < size and token not in dropped]
             text = ""
             for is_bytes, run in itertools.groupby(kept, key=byte_pieces.__contains__):
                 if is_bytes:

@@ -46,7 +46,7 @@ _BOX_COLORS = ("#ff4d4f", "#36cfc9", "#ffc53d", "#9254de", "#73d13d", "#4096ff")
 def chat(
     words: Annotated[
         list[str] | None,
-        typer.Argument(metavar="[PICTURES]... [PROMPT]", help="files or URLs, then the prompt; without it a dialogue"),
+        typer.Argument(metavar="PICTURES... PROMPT", help="files or URLs, then the prompt; without it a dialogue"),
     ] = None,
     model: ModelOption = None,
     max_tiles: MaxTilesOption = None,
@@ -68,7 +68,10 @@ def chat(
     max_pixels: MaxPixelsOption = DEFAULT_MAX_PIXELS,
     image_token_id: ImageTokenOption = None,
 ) -> None:
-    """Ask about pictures, or just talk."""
+    """Ask about pictures, or just talk.
+
+    mono-internvl chat plate.png "How many circles are there?"
+    """
     names, prompt = split_words(words or [])
     check_dtype(dtype)
     if top_p is not None and temperature == 0:
@@ -84,7 +87,6 @@ def chat(
         raise ValueError("the prompt is empty; ask something")
     if draw is not None:
         check_picture_output(draw)
-    folder = resolve_model(model)
 
     with status("loading"):
         pictures = [load_picture(name, max_pixels) for name in names]
@@ -92,8 +94,7 @@ def chat(
             from ..modeling_mono_internvl import place_images
 
             place_images(prompt, len(pictures))
-    # transformers may show bars of its own now.
-    loaded, processor = load_model(folder, device=device, dtype=dtype, image_token_id=image_token_id)
+    loaded, processor = load_model(resolve_model(model), device=device, dtype=dtype, image_token_id=image_token_id)
     processor.image_processor.max_pixels = max_pixels
     options: dict[str, Any] = {"max_tiles": max_tiles, "max_new_tokens": max_new_tokens, "processor": processor}
     if temperature > 0:

@@ -7,7 +7,7 @@ import pickle
 import sys
 import warnings
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -102,7 +102,8 @@ def progress_bar(what: str, total: int | None = None) -> Iterator[Callable[[int,
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
-    with Progress(*columns, console=stderr_console(), transient=True) as bar:
+    console = stderr_console()
+    with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as bar:
         task = bar.add_task(what, total=total)
         yield lambda done, total: bar.update(task, completed=done, total=total)
 
@@ -202,20 +203,20 @@ def load_model(
 
     check_dtype(dtype)
     place = _choose_device(device)
-    config = load_config(model)
+    with status("loading"):
+        config = load_config(model)
+        processor = load_processor(model)
     if image_token_id is not None:
         config.image_token_id = image_token_id
-    processor = load_processor(model)
     if processor.image_token_id != config.image_token_id:
         raise ModelError(
             f"{model}: <IMG_CONTEXT> is token {processor.image_token_id} of its tokenizer, but the model looks for "
             f"{config.image_token_id}; pass --image-token-id {processor.image_token_id}"
         )
-    _show_bars_of(model)
-    with _naming(model):
-        loaded = MonoInternVLForCausalLM.from_pretrained(
-            model, config=config, dtype=_choose_dtype(dtype, place, config)
-        )
+    has_bars = _show_bars_of(model)
+    chosen = _choose_dtype(dtype, place, config)
+    with _naming(model), nullcontext() if has_bars else status("loading"):
+        loaded = MonoInternVLForCausalLM.from_pretrained(model, config=config, dtype=chosen)
     if loaded.dtype == torch.float16:
         loaded = loaded.to(torch.float32 if place.type == "cpu" else torch.bfloat16)
     return loaded.to(place).eval(), processor  # type: ignore[arg-type]
@@ -265,12 +266,14 @@ def _choose_dtype(dtype: str, place: torch.device, config: MonoInternVLConfig) -
 def _quiet_libraries() -> None:
     if _debug:
         return
+    import huggingface_hub
     import transformers
 
     transformers.logging.set_verbosity_error()
+    huggingface_hub.logging.set_verbosity_error()  # each retry would be a line
 
 
-def _show_bars_of(model: str) -> None:
+def _show_bars_of(model: str) -> bool:
     """The bars of transformers and the Hub client stay only where there is something to wait for."""
     import transformers
 
@@ -278,6 +281,8 @@ def _show_bars_of(model: str) -> None:
     small = os.path.isdir(model) and sum(path.stat().st_size for path in files) < _QUIET_BYTES
     if small or not sys.stderr.isatty():
         transformers.logging.disable_progress_bar()
+        return False
+    return True
 
 
 # --------------------------------------------------------------------------------------------------------------- files

@@ -28,8 +28,8 @@ if TYPE_CHECKING:
 
 
 MAX_WIDTH, MAX_HEIGHT, MARGIN, GAP = 1600, 1600, 24, 20
-_SMALLEST_THUMBNAIL = 150
-_PAPER, _INK, _SOFT, _LINE = "#ffffff", "#1f2933", "#616e7c", "#ff7a1a"
+_SMALLEST_THUMBNAIL, _LABEL = 150, 26
+_PAPER, _INK, _SOFT, _LINE = "#ffffff", "#1f2933", "#616e7c", "#00b4d8"
 
 
 @dataclass(frozen=True)
@@ -117,7 +117,7 @@ def _facts(tiling: Tiling) -> list[tuple[str, str]]:
     extra = f" + thumbnail = {tiling.tiles} tiles" if tiling.has_thumbnail else ""
     return [
         ("picture", f"{tiling.width} x {tiling.height} px, resized to {cols * side} x {rows * side} px"),
-        ("grid", f"{cols} x {rows} tiles of {side} px{extra}"),
+        ("grid", f"{cols} x {rows} tiles of {side} px{extra}" if cols * rows > 1 else f"1 tile of {side} px"),
         ("tokens", f"{tiling.visual_tokens:,} visual tokens = {tiling.tiles} x ({side}/28)^2"),
     ]
 
@@ -134,16 +134,15 @@ def draw_tiling(name: str, tiling: Tiling, seen: list[Image.Image]) -> Image.Ima
     grid_size = (tiling.cols * tile, tiling.rows * tile)
     content = list(grid_size)
     if tiling.has_thumbnail and below:
-        content = [max(grid_size[0], thumbnail_side), grid_size[1] + GAP + thumbnail_side]
+        content = [max(grid_size[0], thumbnail_side), grid_size[1] + GAP + thumbnail_side + _LABEL]
     elif tiling.has_thumbnail:
-        content = [grid_size[0] + GAP + thumbnail_side, max(grid_size[1], thumbnail_side)]
+        content = [grid_size[0] + GAP + thumbnail_side, max(grid_size[1], thumbnail_side + _LABEL)]
     width = min(MAX_WIDTH, max(content[0] + 2 * MARGIN, 480))
 
     title, body = font(24, name), font(17)
-    (_, size_line), (_, grid_line), (_, token_line) = _facts(tiling)
     lines = [(name, title, _INK)]
-    lines += [(line, body, _SOFT) for text in (size_line, f"{grid_line}, {token_line}") for line in
-              _wrap(text, body, width - 2 * MARGIN)]  # fmt: skip
+    for _, fact in _facts(tiling):
+        lines += [(line, body, _SOFT) for line in _wrap(fact, body, width - 2 * MARGIN)]
     heights = [34 if letters is title else 25 for _, letters, _ in lines]
     top = MARGIN + sum(heights) + 14
 
@@ -166,7 +165,8 @@ def draw_tiling(name: str, tiling: Tiling, seen: list[Image.Image]) -> Image.Ima
         small = seen[-1].resize((thumbnail_side, thumbnail_side), Image.Resampling.LANCZOS)
         sheet.paste(small, corner)
         _draw_lines(sheet, corner, thumbnail_side, 1, 1, tiling.tile_size // 28)
-        _number(sheet, f"{tiling.tiles}: thumbnail", corner, thumbnail_side)
+        _number(sheet, str(tiling.tiles), corner, thumbnail_side)
+        pen.text((corner[0], corner[1] + thumbnail_side + 7), "thumbnail", font=body, fill=_SOFT)
     return sheet
 
 
@@ -231,7 +231,9 @@ def _number(sheet: Image.Image, text: str, corner: tuple[int, int], tile: int) -
     pad, shift = max(3, size // 3), 4 if tile >= 100 else 2
     width, height = int(right - left + 2 * pad), int(bottom - top + 2 * pad)
     plate = Image.new("RGBA", (width, height), (0, 0, 0, 0))
-    ImageDraw.Draw(plate).rounded_rectangle((0, 0, width - 1, height - 1), radius=size // 4, fill=(31, 41, 51, 215))
+    ImageDraw.Draw(plate).rounded_rectangle(
+        (0, 0, width - 1, height - 1), radius=size // 4, fill=(31, 41, 51, 215), outline=(255, 255, 255, 120)
+    )
     place = (corner[0] + shift, corner[1] + shift)
     sheet.paste(plate, place, plate)
     pen.text((place[0] + pad - left, place[1] + pad - top), text, font=letters, fill="white")

@@ -19,7 +19,7 @@ from pathlib import Path
 
 
 HERE = Path(__file__).resolve().parent
-SUITES = ("model_suite.py",)
+SUITES = ("model_suite.py", "compile_suite.py")
 NEEDED = ("test_modeling_common.py", "test_configuration_common.py")
 # The common tests import three files that the archive leaves out. What they test is no part of this run; generation
 # has its tests in tests/.

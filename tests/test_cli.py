@@ -1,0 +1,546 @@
+"""The command line, on tiny random models: what it prints where, and what it says about bad input."""
+
+import json
+import os
+import pickle
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from PIL import Image, ImageDraw
+from transformers import AutoTokenizer
+from typer.testing import CliRunner
+
+from conftest import ROOT, tiny_config, tiny_model
+from mono_internvl import (
+    MonoInternVLConfig,
+    MonoInternVLForCausalLM,
+    MonoInternVLImageProcessor,
+    MonoInternVLProcessor,
+)
+from mono_internvl.cli import app, common
+from mono_internvl.cli.chat import converse, draw_boxes, split_words
+from mono_internvl.cli.inspect import TEXT_PATH, parameter_groups
+from mono_internvl.cli.tiles import MAX_WIDTH, cut, draw_tiling
+from mono_internvl.evaluation import plate_world
+from mono_internvl.processing_mono_internvl import GroundedBox
+
+
+# The package's attributes of these names are the commands.
+chat_module = sys.modules["mono_internvl.cli.chat"]
+needs_nano = pytest.mark.skipif(
+    not (ROOT / "model.safetensors").exists(), reason="the nano's model.safetensors is not in the repository yet"
+)
+
+
+def run(*arguments, **kwargs):
+    return CliRunner().invoke(app, [str(argument) for argument in arguments], **kwargs)
+
+
+def failure(*arguments, **kwargs) -> str:
+    """The error of a command that must fail with status 1 and exactly one line, and print no answer."""
+    result = run(*arguments, **kwargs)
+    assert result.exit_code == 1, result.output
+    assert result.stdout == ""
+    lines = result.stderr.splitlines()
+    assert len(lines) == 1 and lines[0].startswith("error: "), result.stderr
+    return lines[0]
+
+
+@pytest.fixture(scope="session")
+def folder(tmp_path_factory) -> Path:
+    """A tiny random model with the nano's tokenizer and 56-px tiles."""
+    tokenizer = AutoTokenizer.from_pretrained(ROOT, trust_remote_code=False)
+    config = tiny_config(text_config={"vocab_size": len(tokenizer)})
+    config.image_token_id = tokenizer.convert_tokens_to_ids("<IMG_CONTEXT>")
+    torch.manual_seed(0)
+    folder = tmp_path_factory.mktemp("tiny")
+    MonoInternVLForCausalLM(config).save_pretrained(folder)
+    MonoInternVLProcessor(MonoInternVLImageProcessor(tile_size=56, max_tiles=4), tokenizer).save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture
+def broken(folder, tmp_path) -> Path:
+    """A copy of the folder without its weights."""
+    copy = tmp_path / "model"
+    copy.mkdir()
+    for path in folder.iterdir():
+        if path.suffix in (".json", ".jinja"):
+            (copy / path.name).write_bytes(path.read_bytes())
+    return copy
+
+
+@pytest.fixture
+def picture(tmp_path) -> Path:
+    image = Image.new("RGB", (120, 80), "white")
+    ImageDraw.Draw(image).ellipse((20, 20, 60, 60), fill="red")
+    image.save(tmp_path / "plate.png")
+    return tmp_path / "plate.png"
+
+
+# --------------------------------------------------------------------------------------------------------------- start
+
+
+def test_help_does_not_wait_for_torch():
+    # The package's own __init__ registers the model with transformers; the commands alone must not import it.
+    code = (
+        "import sys, types; p = types.ModuleType('mono_internvl'); p.__path__ = [sys.argv.pop(1)];"
+        "sys.modules['mono_internvl'] = p\n"
+        "from mono_internvl.cli import main\n"
+        "try: main()\n"
+        "except SystemExit as end: assert not end.code\n"
+        "assert not {'torch', 'transformers', 'numpy', 'PIL'} & set(sys.modules)"
+    )
+    done = subprocess.run([sys.executable, "-c", code, str(ROOT), "--help"], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    for command in ("chat", "tiles", "inspect", "tokenizer", "evaluate"):
+        assert command in done.stdout
+
+
+def test_python_m_runs_the_commands(tmp_path):
+    done = subprocess.run(
+        [sys.executable, "-m", "mono_internvl", "chat", "missing.png", "What?"],
+        capture_output=True,
+        text=True,
+        cwd=tmp_path,
+    )
+    assert done.returncode == 1
+    assert done.stdout == ""
+    assert done.stderr == "error: no such picture: missing.png\n"
+
+
+@pytest.mark.parametrize("arguments", [("chat", "--modle", "x", "Hi"), ("paint",), ("inspect",), ("tiles", "a.png")])
+def test_wrong_usage_is_status_2(arguments):
+    result = run(*arguments)
+    assert result.exit_code == 2
+    assert "Traceback" not in result.output
+
+
+def test_debug_raises(tmp_path):
+    result = run("--debug", "inspect", tmp_path / "none")
+    assert isinstance(result.exception, common.ModelError)
+    result = run("inspect", tmp_path / "none", env={"MONO_INTERNVL_DEBUG": "1"})
+    assert isinstance(result.exception, common.ModelError)
+
+
+# ---------------------------------------------------------------------------------------------------------------- chat
+
+
+@pytest.mark.parametrize(
+    "options", [(), ("--stream",), ("--temperature", "0.7", "--top-p", "0.9"), ("--max-tiles", "1")]
+)
+def test_chat_prints_the_answer_alone(folder, picture, options):
+    result = run("chat", picture, "What is it?", "--model", folder, "--max-new-tokens", 4, *options)
+    assert result.exit_code == 0, result.stderr
+    assert result.stderr == ""
+    assert result.stdout.endswith("\n")
+
+
+def test_chat_streams_what_it_would_print(folder, picture):
+    command = ("chat", picture, picture, "What is it?", "--model", folder, "--max-new-tokens", 12)
+    assert run(*command, "--stream").stdout == run(*command, "--no-stream").stdout
+
+
+def test_chat_answers_as_the_model_does(folder, picture):
+    model = MonoInternVLForCausalLM.from_pretrained(folder)
+    result = run("chat", picture, "What is it?", "--model", folder, "--max-new-tokens", 8, "--dtype", "float32")
+    assert result.stdout == model.chat(picture, "What is it?", max_new_tokens=8) + "\n"
+
+
+def test_chat_text_only_and_prompt_from_stdin(folder):
+    given = run("chat", "Hello", "--model", folder, "--max-new-tokens", 4)
+    piped = run("chat", "--model", folder, "--max-new-tokens", 4, input="Hello")
+    assert given.exit_code == piped.exit_code == 0
+    assert given.stdout == piped.stdout
+
+
+def test_chat_bad_pictures(tmp_path, folder, picture):
+    (tmp_path / "text.png").write_text("not a picture")
+    (tmp_path / "empty.jpg").write_bytes(b"")
+    Image.effect_noise((64, 64), 50).save(tmp_path / "whole.jpg")
+    (tmp_path / "cut.jpg").write_bytes((tmp_path / "whole.jpg").read_bytes()[:600])
+    for name, reason in (
+        ("missing.png", "no such picture"),
+        ("missing", "no such picture"),
+        ("text.png", "not a picture"),
+        ("empty.jpg", "0 bytes"),
+        ("cut.jpg", "damaged or truncated"),
+        (".", "folder"),
+    ):
+        message = failure("chat", tmp_path / name, "What is it?", "--model", folder)
+        assert reason in message and str(tmp_path / name) in message
+    assert "max_pixels" in failure("chat", picture, "What?", "--model", folder, "--max-pixels", 100)
+    # Pictures are looked at before a model is.
+    assert "no such picture" in failure("chat", "missing.png", "What?", "--model", "nobody/nothing")
+
+
+def test_chat_bad_prompts(folder, picture):
+    assert "prompt is empty" in failure("chat", picture, " ", "--model", folder)
+    assert "prompt is empty" in failure("chat", picture, "--model", folder, input="")
+    assert "2 <image> marks" in failure("chat", picture, "<image> or <image>?", "--model", folder)
+    long = failure("chat", "word " * 2000, "--model", folder)
+    assert "limit of 512" in long
+
+
+def test_chat_wrong_usage(folder, picture, tmp_path):
+    for arguments, reason in (
+        (("What is it?", picture), "pictures come first"),
+        (("What is it?", "--draw", tmp_path / "o.png"), "exactly one picture"),
+        (("Hi", "--top-p", "0.5"), "--temperature"),
+        (("Hi", "--dtype", "int8"), "not one of"),
+        (("Hi", "--max-tiles", "0"), "--max-tiles"),
+    ):
+        result = run("chat", *arguments, "--model", folder)
+        assert result.exit_code == 2, result.output
+        assert reason in " ".join(result.stderr.split())
+
+
+def test_chat_refuses_float16_and_unknown_devices(folder):
+    assert "overflow to NaN" in failure("chat", "Hi", "--model", folder, "--dtype", "float16")
+    assert "'gpu'" in failure("chat", "Hi", "--model", folder, "--device", "gpu")
+    if not torch.cuda.is_available():
+        assert "CUDA" in failure("chat", "Hi", "--model", folder, "--device", "cuda")
+
+
+def test_split_words(picture):
+    assert split_words([]) == ([], None)
+    assert split_words(["Hello"]) == ([], "Hello")
+    assert split_words([str(picture)]) == ([str(picture)], None)
+    assert split_words([str(picture), "https://a/b", "Why?"]) == ([str(picture), "https://a/b"], "Why?")
+    assert split_words(["x.png"]) == (["x.png"], None)
+    assert split_words(["What is x.png"]) == ([], "What is x.png")
+    assert split_words(["a" * 5000]) == ([], "a" * 5000)
+
+
+# --------------------------------------------------------------------------------------------------------------- model
+
+
+def test_missing_models(tmp_path):
+    assert "no such model folder" in failure("chat", "Hi", "--model", tmp_path / "none")
+    assert "no config.json" in failure("chat", "Hi", "--model", tmp_path)
+    (tmp_path / "file").write_text("")
+    assert "is a file" in failure("inspect", tmp_path / "file")
+    assert "owner/name" in failure("inspect", "nonsense")
+
+
+def test_folder_without_weights(broken):
+    message = failure("chat", "Hi", "--model", broken)
+    assert "model.safetensors" in message and str(broken) in message
+
+
+def test_damaged_weights(broken, folder):
+    whole = (folder / "model.safetensors").read_bytes()
+    for data in (whole[:5000], b"no safetensors at all", b""):
+        (broken / "model.safetensors").write_bytes(data)
+        message = failure("chat", "Hi", "--model", broken)
+        assert f"{broken / 'model.safetensors'} is damaged" in message
+
+
+def test_damaged_config_and_tokenizer(broken):
+    text = (broken / "tokenizer.json").read_text(encoding="utf-8")
+    (broken / "tokenizer.json").write_text(text[:1000], encoding="utf-8")
+    assert str(broken) in failure("chat", "Hi", "--model", broken)
+    (broken / "config.json").write_text("{")
+    assert "config.json" in failure("inspect", broken)
+
+
+def test_missing_shard(broken, folder):
+    shards = broken / "shards"
+    MonoInternVLForCausalLM.from_pretrained(folder).save_pretrained(shards, max_shard_size="200KB")
+    names = sorted(path.name for path in shards.glob("*.safetensors"))
+    assert len(names) > 1
+    for path in shards.iterdir():
+        if path.suffix != ".py" and path.name != names[0]:
+            path.rename(broken / path.name)
+    assert names[0] in failure("chat", "Hi", "--model", broken)
+
+
+class _Evil:
+    def __init__(self, path):
+        self.path = str(path)
+
+    def __reduce__(self):
+        return os.mkdir, (self.path,)
+
+
+def test_pickle_never_runs_code(broken, tmp_path):
+    mark = tmp_path / "executed"
+    for writer in (torch.save, lambda value, path: path.write_bytes(pickle.dumps(value))):
+        writer({"lm_head.weight": _Evil(mark)}, broken / "pytorch_model.bin")
+        assert str(broken) in failure("chat", "Hi", "--model", broken)
+        assert not mark.exists()
+
+
+def test_image_token_that_the_tokenizer_does_not_mean(broken, folder):
+    config = json.loads((broken / "config.json").read_text())
+    config["image_token_id"] -= 3
+    (broken / "config.json").write_text(json.dumps(config))
+    (broken / "model.safetensors").write_bytes((folder / "model.safetensors").read_bytes())
+    message = failure("chat", "Hi", "--model", broken)
+    right = config["image_token_id"] + 3
+    assert f"--image-token-id {right}" in message
+    assert run("chat", "Hi", "--model", broken, "--max-new-tokens", 2, "--image-token-id", right).exit_code == 0
+
+
+# ---------------------------------------------------------------------------------------------------------------- draw
+
+
+class _Answering:
+    """Stands in for a model that grounds."""
+
+    def __init__(self, answer):
+        self.answer = answer
+
+    def chat(self, images, prompt, *, history=None, keep_grounding_tags=False, **kwargs):
+        assert keep_grounding_tags
+        return self.answer, [(prompt, self.answer)]
+
+
+@pytest.mark.parametrize("found", [True, False])
+def test_draw(folder, picture, tmp_path, monkeypatch, found):
+    answer = "<ref>circle</ref><box>[[150, 240, 520, 770]]</box>" if found else "no idea"
+    processor = MonoInternVLProcessor.from_pretrained(folder)
+    monkeypatch.setattr(chat_module, "load_model", lambda *args, **kwargs: (_Answering(answer), processor))
+    out = tmp_path / "drawn.png"
+    result = run("chat", picture, "Where?", "--model", folder, "--draw", out)
+    assert result.exit_code == 0, result.stderr
+    assert result.stdout == answer + "\n"
+    assert ("1 boxes drawn" if found else "no box in the answer") in result.stderr
+    with Image.open(out) as drawn, Image.open(picture) as before:
+        assert drawn.size == before.size
+        assert (drawn.convert("RGB").tobytes() != before.convert("RGB").tobytes()) == found
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["drawn.png", "plate.png"]
+
+
+def test_draw_refuses_what_it_cannot_write(folder, picture, tmp_path):
+    assert "ending" in failure("chat", picture, "Where?", "--model", folder, "--draw", tmp_path / "out.txt")
+    assert "no such folder" in failure(
+        "chat", picture, "Where?", "--model", folder, "--draw", tmp_path / "no" / "o.png"
+    )
+
+
+def test_boxes_stay_in_the_picture():
+    picture = Image.new("RGB", (60, 40), "white")
+    plain = GroundedBox("", (10.0, 10.0, 20.0, 20.0))
+    assert draw_boxes(picture, [plain]).getpixel((10, 10)) == (255, 77, 79)
+    boxes = [
+        plain,
+        GroundedBox("a label wider than the picture", (-5.0, 0.0, 90.0, 60.0)),
+        GroundedBox("x", (50.0, 30.0, 40.0, 20.0)),
+        GroundedBox("星", (0.0, 0.0, 0.0, 0.0)),
+    ]
+    assert draw_boxes(picture, boxes).size == picture.size
+    assert picture.getcolors() == [(60 * 40, (255, 255, 255))]
+
+
+# ------------------------------------------------------------------------------------------------------------ dialogue
+
+
+def test_dialogue_keeps_history_and_survives_mistakes(monkeypatch, capsys, picture, tmp_path):
+    lines = iter(
+        [
+            "First?",
+            "",
+            f"/image {tmp_path / 'none.png'}",
+            f"/image {picture}",
+            "/help",
+            "fail",
+            "Second?",
+            "/reset",
+            "3?",
+        ]
+    )
+    calls = []
+
+    def read():
+        try:
+            return next(lines)
+        except StopIteration:
+            raise EOFError from None
+
+    def answer(pictures, prompt, *, history, return_history, streamer, **options):
+        if prompt == "fail":
+            raise ValueError("the model\nrefuses")
+        calls.append((len(pictures), prompt, list(history or [])))
+        streamer("pie")
+        streamer("ces")
+        return "pieces", [*(history or []), (prompt, "pieces")]
+
+    monkeypatch.setattr(chat_module, "_read_line", read)
+    converse(answer, [], {}, True, 10**6)
+    assert calls == [
+        (0, "First?", []),
+        (1, "Second?", [("First?", "pieces")]),
+        (0, "3?", []),
+    ]
+    printed = capsys.readouterr()
+    assert printed.out == "pieces\n" * 3
+    assert "error: the model refuses" in printed.err
+    assert "no such picture" in printed.err and "picture 1: 120 x 80 px" in printed.err
+
+
+# --------------------------------------------------------------------------------------------------------------- tiles
+
+
+@pytest.mark.parametrize("size", [(640, 240), (60, 900), (300, 300), (1, 1), (4000, 30)])
+@pytest.mark.parametrize("options", [{}, {"use_thumbnail": False}, {"tile_size": 28, "max_tiles": 39}])
+def test_tiles_drawing_fits(size, options):
+    processor = MonoInternVLImageProcessor(**options)
+    tiling, seen = cut(Image.new("RGB", size, "gray"), processor)
+    assert tiling.tiles == len(seen) == processor.get_number_of_tiles(size[1], size[0])
+    drawing = draw_tiling("a name that is far too long for its line " * 5, tiling, seen)
+    assert drawing.width <= MAX_WIDTH
+    assert drawing.height <= 2000
+
+
+def test_tiles_are_what_the_model_gets():
+    image = Image.effect_noise((224, 112), 80).convert("RGB")
+    tiling, seen = cut(image, MonoInternVLImageProcessor(tile_size=112, max_tiles=2))
+    assert (tiling.cols, tiling.rows, tiling.visual_tokens) == (2, 1, 3 * 16)
+    assert seen[0].tobytes() == image.crop((0, 0, 112, 112)).tobytes()
+    assert seen[1].tobytes() == image.crop((112, 0, 224, 112)).tobytes()
+
+
+def test_tiles_command(picture, tmp_path, folder):
+    out = tmp_path / "out.png"
+    result = run("tiles", picture, "-o", out, "--tile-size", 56, "--max-tiles", 6)
+    assert result.exit_code == 0, result.stderr
+    assert "3 x 2 tiles of 56 px + thumbnail = 7 tiles" in result.stdout
+    assert "28 visual tokens = 7 x (56/28)^2" in result.stdout
+    assert Image.open(out).width > 120
+    assert "tiles of 56 px" in run("tiles", picture, "-o", out, "--model", folder).stdout
+
+
+def test_tiles_bad_input(picture, tmp_path):
+    out = tmp_path / "out.png"
+    assert "no such picture" in failure("tiles", tmp_path / "none.png", "-o", out)
+    assert "multiple of 28" in failure("tiles", picture, "-o", out, "--tile-size", 100)
+    assert "min_tiles" in failure("tiles", picture, "-o", out, "--min-tiles", 5, "--max-tiles", 2)
+    assert "ending" in failure("tiles", picture, "-o", tmp_path / "out")
+    assert not out.exists()
+
+
+# ------------------------------------------------------------------------------------------------------------- inspect
+
+
+def test_inspect_the_released_size():
+    facts = json.loads(run("inspect", "2b", "--json").stdout)
+    assert facts["total"] == 3_111_355_392
+    assert facts["text_path"] == 1_889_146_880
+    assert facts["groups"] == {
+        "token embedding": 189_548_544,
+        "output head": 189_548_544,
+        "attention": 301_989_888,
+        "text FFN (T-experts)": 1_207_959_552,
+        "visual FFN (V-experts)": 1_207_959_552,
+        "norms": 100_352,
+        "patch embedding + positions": 1_653_760,
+        "projector MLP": 12_595_200,
+    }
+    assert facts["dtype"] == "bfloat16"
+    assert facts["config"]["tokens_per_tile"] == 256
+
+
+def test_inspect_prints_a_table(folder):
+    result = run("inspect", folder)
+    assert result.exit_code == 0, result.stderr
+    assert "visual FFN (V-experts)" in result.stdout and "text path" in result.stdout
+
+
+@pytest.mark.parametrize("experts", ["none", "qkv", "qkvo"])
+def test_groups_hold_every_parameter(experts):
+    model = tiny_model(visual_attention_experts=experts)
+    groups = parameter_groups(model)
+    class_row = model.model.vision_embeddings.class_embedding.numel()
+    assert sum(groups.values()) == sum(p.numel() for p in model.parameters()) + class_row
+    # q and o are 64 x 64, k and v 32 x 64, in 3 layers.
+    own = {"none": None, "qkv": 3 * (64 * 64 + 2 * 32 * 64), "qkvo": 3 * (2 * 64 * 64 + 2 * 32 * 64)}
+    assert groups.get("visual attention experts") == own[experts]
+    assert set(TEXT_PATH) < set(groups)
+
+
+def test_groups_count_tied_matrices_once():
+    tied = MonoInternVLForCausalLM(MonoInternVLConfig(**{**tiny_config().to_dict(), "tie_word_embeddings": True}))
+    assert parameter_groups(tied)["output head"] == 0
+
+
+# ----------------------------------------------------------------------------------------------------------- tokenizer
+
+
+def test_tokenizer_bad_input(tmp_path):
+    model_file = tmp_path / "tokenizer.model"
+    assert str(model_file) in failure("tokenizer", model_file, tmp_path / "out")
+    model_file.write_bytes(b"nothing of the kind")
+    assert str(model_file) in failure("tokenizer", model_file, tmp_path / "out")
+    assert "folder" in failure("tokenizer", tmp_path, tmp_path / "out")
+    assert "is a file" in failure("tokenizer", model_file, model_file)
+    (tmp_path / "tokenizer.json").write_text("mine")
+    assert "--force" in failure("tokenizer", model_file, tmp_path)
+    assert (tmp_path / "tokenizer.json").read_text() == "mine"
+
+
+def test_tokenizer_prints_the_number_of_tokens(tmp_path, monkeypatch):
+    class Built:
+        def get_vocab_size(self):
+            return 92553
+
+    def convert(model_file, folder, *, progress):
+        progress(10, 20)
+        return Built()
+
+    monkeypatch.setattr("mono_internvl.tokenization.convert_tokenizer", convert)
+    (tmp_path / "tokenizer.json").write_text("old")
+    result = run("tokenizer", tmp_path / "tokenizer.model", tmp_path, "--force")
+    assert result.exit_code == 0
+    assert result.stdout == f"92,553 tokens -> {tmp_path / 'tokenizer.json'}\n"
+    assert result.stderr == ""
+
+
+# ------------------------------------------------------------------------------------------------------------ evaluate
+
+
+def _examples(count):
+    sizes = ((56, 56), (200, 90), (60, 160))
+    for i in range(count):
+        question = "What color is the circle, and where is it?" if i % 2 else "What color is it?"
+        yield Image.effect_noise(sizes[i % 3], 60).convert("RGB"), "color", question, "red"
+
+
+def test_batches_answer_as_chat_does(folder):
+    model = MonoInternVLForCausalLM.from_pretrained(folder).eval()
+    processor = MonoInternVLProcessor.from_pretrained(folder)
+    examples = list(_examples(7))
+    seen = []
+    results = plate_world.evaluate(model, processor, examples, batch_size=3, max_new_tokens=6, progress=seen.append)
+    assert [outcome.index for outcome in results.outcomes] == list(range(7))
+    assert seen[-1] == 7
+    for outcome, (picture, _, question, _) in zip(results.outcomes, examples, strict=True):
+        assert outcome.given == model.chat(picture, question, max_new_tokens=6)
+    assert results.scores == {"color": (0, 7)}
+    assert len(results.errors) == 7
+
+
+def test_evaluate_command(folder, tmp_path):
+    pytest.importorskip("matplotlib", reason="the evaluation pictures are drawn by matplotlib")
+    out = tmp_path / "results.json"
+    result = run("evaluate", "--model", folder, "--count", 6, "--json", out, "--show-errors", 1, "--max-tiles", 1)
+    assert result.exit_code == 0, result.stderr
+    assert "caption" in result.stdout and "expected 'circle'" in result.stdout
+    written = json.loads(out.read_text())
+    assert written["total"] == 6 and len(written["outcomes"]) == 6
+    assert set(written["categories"]) == {"shape", "color", "count", "number", "position", "caption"}
+    assert "no such folder" in failure("evaluate", "--model", folder, "--json", tmp_path / "no" / "out.json")
+
+
+# ---------------------------------------------------------------------------------------------------------------- nano
+
+
+@needs_nano
+def test_the_bundled_nano_answers_about_the_example():
+    result = run("chat", ROOT / "examples" / "plate.png", "How many circles are there?")
+    assert result.exit_code == 0, result.stderr
+    assert result.stdout == "2\n"
+    assert result.stderr == ""
