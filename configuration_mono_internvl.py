@@ -157,10 +157,10 @@ class MonoInternVLTextConfig(PreTrainedConfig):
         self.plan_visual_attention()
 
     def plan_visual_attention(self) -> None:
-        """Add tensor-parallel rules for the visual projections there are: transformers warns of a rule without a match."""
+        """Add tensor-parallel rules for the visual projections there are; transformers warns of rules without a match."""
         parts = "" if self.visual_attention_experts == "none" else self.visual_attention_experts
         rules = {f"layers.*.self_attn.visual_{x}_proj": "rowwise" if x == "o" else "colwise" for x in parts}
-        self.base_model_tp_plan = {**self.base_model_tp_plan, **rules}
+        self.base_model_tp_plan = {**self.base_model_tp_plan, **rules}  # type: ignore[misc]
 
 
 def _only_fields(values: dict[str, Any], config_class: type[PreTrainedConfig], extra: tuple[str, ...] = ()) -> dict:

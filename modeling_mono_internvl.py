@@ -534,7 +534,7 @@ class MonoInternVLTextModel(MonoInternVLPreTrainedModel):
             return mask, None
         if isinstance(mask, torch.Tensor):
             return (mask[:, :, -keep:], keep) if mask.dim() == 4 else (mask, None)
-        # Without a mask sdpa would align a triangle of several queries to the first keys instead of the last, and a single
+        # Without a mask sdpa would align a triangle of several queries to the first keys instead of the last, and one
         # query sees every key: right only if all keys are tokens, which the empty places of a static cache are not.
         full = cache is None or isinstance(cache, DynamicCache)
         return (None, 1) if mask is None and keep == 1 and full else (mask, None)
@@ -625,10 +625,10 @@ class MonoInternVLModel(MonoInternVLPreTrainedModel):
             # Nothing can be looked at here; whether the kept rows are text is unknown, so the last layer does them all.
             if count is None:
                 return make_routing_plan(mask, int(mask.sum())), None
-            # The one check that neither breaks the graph nor waits for the device; it cannot name the placeholders' count.
+            # The check that neither breaks the graph nor waits for the device; it cannot name the counts.
             torch._assert_async(
                 mask.sum() == count,
-                f"visual tokens and image placeholders (id {self.config.image_token_id}) differ in number; they must match",
+                f"image placeholders (id {self.config.image_token_id}) and visual tokens differ in number; they must match",
             )
             return make_routing_plan(mask, count), None
         placeholders, kept = mask.sum(), mask[:, -(keep or 0) :].sum()

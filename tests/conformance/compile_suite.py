@@ -125,11 +125,13 @@ def test_training_step(model, pictures, checkpointing):
         close(gradients[1][name], expected)
 
 
-@pytest.mark.parametrize("more", [1, -1], ids=["too many", "too few"])
+@pytest.mark.parametrize("model", ["none"], indirect=True)
 @torch.no_grad()
-def test_placeholders_without_their_pixels_are_not_silent(model, more):
-    run, inputs = compiled(model), batch()
-    run(**inputs)
-    inputs["input_ids"][0, 5 if more > 0 else 1] = IMAGE if more > 0 else 7
-    with pytest.raises(RuntimeError, match="differ in number"):
-        run(**inputs)
+def test_placeholders_without_their_pixels_are_not_silent(model):
+    run = compiled(model)
+    run(**batch())
+    for position, token in ((5, IMAGE), (1, 7)):
+        inputs = batch()
+        inputs["input_ids"][0, position] = token
+        with pytest.raises(RuntimeError, match="differ in number"):
+            run(**inputs)

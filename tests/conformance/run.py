@@ -4,8 +4,9 @@
 
 The tests are not part of the transformers wheel, and they must fit the installed version exactly. So this fetches that
 version's source archive from PyPI (10 MB, once), takes the few files it needs out of it into
-`~/.cache/mono-internvl/conformance/<version>` (`MONO_INTERNVL_CACHE` moves it), and runs pytest on the files beside this
-one. It takes a minute or two on a CPU; with a GPU the tests that ask for one run too. Needs `pip install parameterized`.
+`~/.cache/mono-internvl/conformance/<version>` (`MONO_INTERNVL_CACHE` moves it), and runs pytest on the suites beside
+this file. That takes about two minutes of one CPU core; with a GPU the tests that ask for one run too.
+Needs `pip install parameterized`.
 """
 
 import importlib.metadata

@@ -1,0 +1,84 @@
+"""The folder alone is enough: no installed package, everything through transformers' Auto classes."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from conftest import ROOT, tiny_model
+
+
+SCRIPT = """
+import json, sys
+sys.modules["mono_internvl"] = None  # as if it were not installed
+import torch
+from PIL import Image
+from transformers import (AutoConfig, AutoModel, AutoModelForCausalLM, AutoModelForImageTextToText, AutoProcessor,
+                          AutoTokenizer, pipeline)
+
+folder, saved = sys.argv[1:]
+picture = Image.new("RGB", (90, 60), "red")
+config = AutoConfig.from_pretrained(folder, trust_remote_code=True)
+processor = AutoProcessor.from_pretrained(folder, trust_remote_code=True)
+tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=True)
+answers = []
+for auto in (AutoModel, AutoModelForCausalLM, AutoModelForImageTextToText):
+    model = auto.from_pretrained(folder, trust_remote_code=True, dtype=torch.float32)
+    answers.append(model.chat(picture, "What color is the square?", max_new_tokens=6))
+assert type(model).__module__.startswith("transformers_modules."), type(model).__module__
+messages = [{"role": "user", "content": [{"type": "image", "image": picture}, {"type": "text", "text": "What is it?"}]}]
+pipe = pipeline("image-text-to-text", model=folder, trust_remote_code=True, dtype=torch.float32)
+piped = pipe(text=messages, max_new_tokens=6, do_sample=False)
+model.save_pretrained(saved)
+processor.save_pretrained(saved)
+again = AutoModel.from_pretrained(saved, trust_remote_code=True, dtype=torch.float32)
+answers.append(again.chat(picture, "What color is the square?", max_new_tokens=6))
+AutoProcessor.from_pretrained(saved, trust_remote_code=True)
+print(json.dumps({"answers": answers, "piped": piped[0]["generated_text"][-1]["content"], "type": config.model_type,
+                  "image_token": tokenizer.convert_tokens_to_ids("<IMG_CONTEXT>") == config.image_token_id}))
+"""
+
+
+def run_alone(folder: Path, tmp_path: Path) -> dict:
+    environment = {**os.environ, "HF_MODULES_CACHE": str(tmp_path / "modules"), "HF_HUB_OFFLINE": "1"}
+    done = subprocess.run(
+        [sys.executable, "-c", SCRIPT, str(folder), str(tmp_path / "saved")],
+        capture_output=True,
+        text=True,
+        env=environment,
+        cwd=tmp_path,
+        timeout=300,
+        stdin=subprocess.DEVNULL,
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    return json.loads(done.stdout.strip().splitlines()[-1])
+
+
+def check(result: dict) -> None:
+    assert result["type"] == "mono_internvl" and result["image_token"]
+    assert len(set(result["answers"])) == 1
+    assert isinstance(result["piped"], str)
+
+
+def test_a_saved_folder_stands_alone(tmp_path):
+    from mono_internvl import MonoInternVLImageProcessor, MonoInternVLProcessor
+    from transformers import AutoTokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained(ROOT, trust_remote_code=False)
+    processor = MonoInternVLProcessor(MonoInternVLImageProcessor(tile_size=56, max_tiles=2), tokenizer)
+    model = tiny_model(text_config={"vocab_size": len(tokenizer)})
+    model.config.image_token_id = processor.image_token_id
+    model.save_pretrained(tmp_path / "folder")
+    processor.save_pretrained(tmp_path / "folder")
+    check(run_alone(tmp_path / "folder", tmp_path))
+
+
+def test_the_repository_stands_alone(tmp_path):
+    """Also as a clone with tests, docs and .git beside the model's files."""
+    if not (ROOT / "model.safetensors").exists():
+        pytest.skip("the nano's weights are not in this checkout")
+    result = run_alone(ROOT, tmp_path)
+    check(result)
+    assert result["answers"][0] == "red"
