@@ -157,7 +157,7 @@ class MonoInternVLTextConfig(PreTrainedConfig):
         self.plan_visual_attention()
 
     def plan_visual_attention(self) -> None:
-        """Add tensor-parallel rules for the visual projections there are; transformers warns of rules without a match."""
+        """Tensor-parallel rules for the visual projections there are; transformers warns of those without a match."""
         parts = "" if self.visual_attention_experts == "none" else self.visual_attention_experts
         rules = {f"layers.*.self_attn.visual_{x}_proj": "rowwise" if x == "o" else "colwise" for x in parts}
         self.base_model_tp_plan = {**self.base_model_tp_plan, **rules}  # type: ignore[misc]

@@ -628,7 +628,7 @@ class MonoInternVLModel(MonoInternVLPreTrainedModel):
             # The check that neither breaks the graph nor waits for the device; it cannot name the counts.
             torch._assert_async(
                 mask.sum() == count,
-                f"image placeholders (id {self.config.image_token_id}) and visual tokens differ in number; they must match",
+                f"image placeholders (id {self.config.image_token_id}) and visual tokens differ in number",
             )
             return make_routing_plan(mask, count), None
         placeholders, kept = mask.sum(), mask[:, -(keep or 0) :].sum()

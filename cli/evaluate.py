@@ -58,7 +58,7 @@ def evaluate(
     _print_table(results.scores)
     for outcome in results.errors[:show_errors]:
         typer.echo(
-            f"{outcome.index:4d} {outcome.category}: {outcome.question} expected {outcome.expected!r}, "
+            f"{outcome.place:4d} {outcome.category}: {outcome.question} expected {outcome.expected!r}, "
             f"got {outcome.given!r}"
         )
     note(f"{count} questions in {results.seconds:.1f} s, {count / results.seconds:.1f} a second")

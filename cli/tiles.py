@@ -210,14 +210,14 @@ def _draw_lines(sheet: Image.Image, corner: tuple[int, int], tile: int, cols: in
     thick = 3 if tile >= 100 else 2
     pen = ImageDraw.Draw(sheet)
     x0, y0 = corner
-    for reach, color in ((thick + 2, _INK), (thick, _LINE)):
+    for reach, ink in ((thick + 2, _INK), (thick, _LINE)):
         before, after = reach // 2, reach - reach // 2 - 1
         for k in range(cols + 1):
             x = x0 + k * tile
-            pen.rectangle((x - before, y0 - before, x + after, y0 + height + after), fill=color)
+            pen.rectangle((x - before, y0 - before, x + after, y0 + height + after), fill=ink)
         for k in range(rows + 1):
             y = y0 + k * tile
-            pen.rectangle((x0 - before, y - before, x0 + width + after, y + after), fill=color)
+            pen.rectangle((x0 - before, y - before, x0 + width + after, y + after), fill=ink)
 
 
 def _number(sheet: Image.Image, text: str, corner: tuple[int, int], tile: int) -> None:

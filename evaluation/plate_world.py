@@ -24,9 +24,9 @@ MAX_NEW_TOKENS = 64
 
 
 class Outcome(NamedTuple):
-    """One question of the set; `index` is its place there."""
+    """One question of the set; `place` is where it stands there, from 0."""
 
-    index: int
+    place: int
     category: str
     question: str
     expected: str

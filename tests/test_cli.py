@@ -515,7 +515,7 @@ def test_batches_answer_as_chat_does(folder):
     examples = list(_examples(7))
     seen = []
     results = plate_world.evaluate(model, processor, examples, batch_size=3, max_new_tokens=6, progress=seen.append)
-    assert [outcome.index for outcome in results.outcomes] == list(range(7))
+    assert [outcome.place for outcome in results.outcomes] == list(range(7))
     assert seen[-1] == 7
     for outcome, (picture, _, question, _) in zip(results.outcomes, examples, strict=True):
         assert outcome.given == model.chat(picture, question, max_new_tokens=6)

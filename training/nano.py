@@ -126,8 +126,8 @@ class PlateConversations(Dataset):
         if progress > 0.1 and rng.random() < 0.02:
             asked, answered = rng.choice(TEXT_ONLY)
             return encode_conversation(self.processor, self.processor.conversation([(asked, answered)], []))
-        most = 1 if progress < 0.1 else 3 if progress < 0.25 else 5
-        numbers = 0.0 if progress < 0.05 else 0.35
+        most = 1 if progress < 0.12 else 3 if progress < 0.25 else 5
+        numbers = 0.0 if progress < 0.25 else 0.2
         tiled = (index // self.batch_size) % TILED_EVERY == 0
         while True:
             plate = sample_plate(rng, max_shapes=most, with_number=numbers)
@@ -157,9 +157,9 @@ class LogLine(TrainerCallback):
 
 def train(
     out: Annotated[Path, typer.Argument(help="folder of the finished model")],
-    steps: Annotated[int, typer.Option(help="optimiser steps")] = 2800,
+    steps: Annotated[int, typer.Option(help="optimiser steps")] = 2400,
     batch_size: Annotated[int, typer.Option(help="conversations a step, over all processes")] = 32,
-    learning_rate: Annotated[float, typer.Option(help="peak learning rate")] = 1.5e-3,
+    learning_rate: Annotated[float, typer.Option(help="peak learning rate")] = 1.2e-3,
     workers: Annotated[int, typer.Option(help="processes that draw pictures, for each that trains")] = 0,
     seed: int = 0,
     tokenizer: Annotated[Path, typer.Option(help="folder with the nano's tokenizer")] = ROOT,
@@ -194,6 +194,8 @@ def train(
         save_total_limit=2,
         dataloader_num_workers=workers,
         dataloader_prefetch_factor=4 if workers else None,
+        # Said outright: without it the processes of a CPU run would each train a copy alone.
+        use_cpu=not torch.cuda.is_available(),
         ddp_find_unused_parameters=False,
         dataloader_pin_memory=torch.cuda.is_available(),
         remove_unused_columns=False,

@@ -1,0 +1,39 @@
+"""What travels: the wheel holds the code of every room and the nano."""
+
+import importlib.util
+import subprocess
+import sys
+import zipfile
+
+import pytest
+from conftest import ROOT
+
+
+def test_the_wheel_holds_everything(tmp_path):
+    if importlib.util.find_spec("setuptools") is None:
+        pytest.skip("needs setuptools to build without a network")
+    # A copy of the tracked files: building writes beside setup.py.
+    listed = subprocess.run(["git", "ls-files", "-z"], cwd=ROOT, capture_output=True)
+    if listed.returncode:
+        pytest.skip("needs a git checkout")
+    for name in listed.stdout.decode().split("\0"):
+        if name and not name.startswith("tests/") and (ROOT / name).exists():
+            target = tmp_path / "src" / name
+            target.parent.mkdir(parents=True, exist_ok=True)
+            target.write_bytes((ROOT / name).read_bytes())
+    build = [sys.executable, "-m", "pip", "wheel", "--no-deps", "--no-build-isolation", "-w", str(tmp_path), "."]
+    done = subprocess.run(build, cwd=tmp_path / "src", capture_output=True, text=True)
+    if "setuptools" in done.stderr and "No matching" in done.stderr:
+        pytest.skip("this environment's setuptools is too old to build")
+    assert done.returncode == 0, done.stderr[-2000:]
+    (wheel,) = tmp_path.glob("*.whl")
+    names = set(zipfile.ZipFile(wheel).namelist())
+    tracked = listed.stdout.decode().split("\0")
+    rooms = ("", "cli/", "tokenization/", "training/", "evaluation/")
+    for name in tracked:
+        room, _, file = name.rpartition("/")
+        travels = file.endswith(".py") and (room + "/" if room else "") in rooms and file != "setup.py"
+        face = not room and file.endswith((".json", ".jinja", ".safetensors"))
+        if travels or face:
+            assert f"mono_internvl/{name}" in names, name
+    assert not any(name.startswith(("tests/", "mono_internvl/tests")) for name in names)
