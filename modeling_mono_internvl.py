@@ -1030,10 +1030,10 @@ def place_images(prompt: str, count: int) -> str:
         ValueError: naming both counts.
     """
     marks = prompt.count("<image>")
-    if count < 0 or (marks and marks != count) or (count < marks):
+    if count < 0 or (marks and marks != count):
         raise ValueError(
-            f"{marks} <image> marks in the prompt, but {max(count, 0)} pictures are left for it after the history's; "
-            "give as many pictures as marks"
+            f"{marks} <image> marks in the prompt, but {max(count, 0)} pictures for it; give as many pictures as marks, "
+            "those of the history included"
         )
     if marks or count == 0:
         return prompt

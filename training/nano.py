@@ -40,8 +40,9 @@ TILE_SIZE, MAX_TILES = 224, 3
 # Questions asked of a picture, and how often each category is chosen when it applies.
 QUESTIONS = 4
 WEIGHTS = {"shape": 3.0, "color": 2.0, "count": 2.5, "number": 3.0, "position": 2.0, "caption": 0.3, "box": 0.0}
-# Patches are named in this share of the run, from its beginning.
-NAMING = 0.7
+# In the second half of the run patches are no longer named, and what relates several shapes is asked more often.
+NAMING = 0.52
+LATER_WEIGHTS = {**WEIGHTS, "shape": 2.0, "color": 2.5, "count": 3.5, "number": 1.0, "position": 3.0, "caption": 0.6}
 # One batch in so many holds only pictures of several tiles; the others hold none, so that little is padded.
 TILED_EVERY = 8
 TEXT_ONLY = (
@@ -79,10 +80,10 @@ def nano_config(tokenizer: Any) -> MonoInternVLConfig:
     )
 
 
-def choose_questions(candidates: list[QA], rng: random.Random, count: int) -> list[QA]:
-    """A weighted draw without replacement."""
+def choose_questions(candidates: list[QA], rng: random.Random, weights: dict[str, float], count: int) -> list[QA]:
+    """A draw without replacement, by the weight of each question's category."""
     keyed = [
-        (rng.random() ** (1.0 / WEIGHTS[qa.category]), i) for i, qa in enumerate(candidates) if WEIGHTS[qa.category]
+        (rng.random() ** (1.0 / weights[qa.category]), i) for i, qa in enumerate(candidates) if weights[qa.category]
     ]
     return [candidates[i] for _, i in sorted(keyed, reverse=True)[:count]]
 
@@ -127,14 +128,15 @@ class PlateConversations(Dataset):
             asked, answered = rng.choice(TEXT_ONLY)
             return encode_conversation(self.processor, self.processor.conversation([(asked, answered)], []))
         most = 1 if progress < 0.12 else 3 if progress < 0.25 else 5
-        numbers = 0.0 if progress < 0.25 else 0.2
+        numbers = 0.0 if progress < 0.25 else 0.2 if progress < NAMING else 0.1
         tiled = (index // self.batch_size) % TILED_EVERY == 0
         while True:
             plate = sample_plate(rng, max_shapes=most, with_number=numbers)
             one_tile = self.processor.image_processor.get_number_of_tiles(plate.height, plate.width) == 1
             if one_tile != tiled and (candidates := questions(plate, rng)):
                 break
-        turns = [(qa.question, qa.answer) for qa in choose_questions(candidates, rng, QUESTIONS)]
+        weights = WEIGHTS if progress < NAMING else LATER_WEIGHTS
+        turns = [(qa.question, qa.answer) for qa in choose_questions(candidates, rng, weights, QUESTIONS)]
         turns[0] = (f"<image>\n{turns[0][0]}", turns[0][1])
         example = encode_conversation(self.processor, self.processor.conversation(turns, [draw_plate(plate, rng)]))
         if one_tile and progress < NAMING:
