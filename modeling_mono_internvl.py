@@ -1032,7 +1032,7 @@ def place_images(prompt: str, count: int) -> str:
     marks = prompt.count("<image>")
     if count < 0 or (marks and marks != count):
         raise ValueError(
-            f"{marks} <image> marks in the prompt, but {max(count, 0)} pictures for it; give as many pictures as marks, "
+            f"{marks} <image> marks in the prompt, but {max(count, 0)} pictures for it; give as many as marks, "
             "those of the history included"
         )
     if marks or count == 0:

@@ -209,8 +209,8 @@ class MonoInternVLProcessor(ProcessorMixin):
             **kwargs: `add_generation_prompt`, `continue_final_message`, and the template's own variables.
 
         Returns:
-            The rendered string(s); with `tokenize=True` the `input_ids`, or with `return_dict=True` all inputs. Without
-            `return_tensors` those of a single conversation are plain lists, [T].
+            The rendered string(s); with `tokenize=True` the `input_ids`, or with `return_dict=True` all inputs. A single
+            conversation is a batch of one.
 
         Raises:
             ValueError: a message the template refuses or that is not of the form above, or what `__call__` refuses.
@@ -241,7 +241,6 @@ class MonoInternVLProcessor(ProcessorMixin):
             options,
             None if return_tensors == "auto" else return_tensors,
             answer_mask=return_assistant_tokens_mask,
-            unpack=not batched,
         )
         return inputs if return_dict else inputs["input_ids"]
 
@@ -371,7 +370,6 @@ class MonoInternVLProcessor(ProcessorMixin):
         return_tensors: str | None,
         *,
         answer_mask: bool = False,
-        unpack: bool = False,
     ) -> BatchFeature:
         image_options = {key: options[key] for key in _IMAGE_OPTIONS if options.get(key) is not None}
         rows: dict[str, list[list[int]]] = {"input_ids": [], "assistant_masks": []}
@@ -399,8 +397,6 @@ class MonoInternVLProcessor(ProcessorMixin):
             data["mm_token_type_ids"] = [[int(i == self.image_token_id) for i in row] for row in data["input_ids"]]
         if options.get("return_attention_mask") is False:
             data.pop("attention_mask")
-        if unpack and return_tensors is None:
-            data = {name: value[0] for name, value in data.items()}
         if pixels:
             stacked = torch.cat(pixels)
             data["pixel_values"] = stacked if return_tensors == "pt" else stacked.numpy()
@@ -765,8 +761,9 @@ def _load_tokenizer(path: str, **kwargs: Any) -> Any:
     options = {
         key: kwargs[key] for key in ("revision", "token", "cache_dir", "local_files_only", "subfolder") if key in kwargs
     }
+    settings = {key: kwargs[key] for key in ("padding_side", "model_max_length") if key in kwargs}
     if cached_file(path, "tokenizer.json", _raise_exceptions_for_missing_entries=False, **options):
-        return AutoTokenizer.from_pretrained(path, trust_remote_code=False, **options)
+        return AutoTokenizer.from_pretrained(path, trust_remote_code=False, **options, **settings)
     model_file = cached_file(path, "tokenizer.model", _raise_exceptions_for_missing_entries=False, **options)
     if model_file is None:
         raise ValueError(f"{path} has neither tokenizer.json nor tokenizer.model")
@@ -780,7 +777,7 @@ def _load_tokenizer(path: str, **kwargs: Any) -> Any:
     logger.info("converting %s, which takes seconds; `mono-internvl tokenizer` does it once and for all", model_file)
     with tempfile.TemporaryDirectory() as folder:
         convert_tokenizer(model_file, folder)
-        tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
+        tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False, **settings)
     tokenizer.name_or_path = str(path)
     return tokenizer
 

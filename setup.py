@@ -32,7 +32,7 @@ setup(
         "transformers>=5.17,<6",
         "safetensors",
         "huggingface_hub",
-        "pillow>=10",
+        "pillow>=10.4",
         "numpy>=1.26",
         "protobuf",
         "typer",

@@ -5,11 +5,12 @@ import copy
 import numpy as np
 import pytest
 import torch
+from PIL import Image
+from transformers import AutoTokenizer, TextIteratorStreamer
+
 from conftest import ROOT, tiny_model
 from mono_internvl import MonoInternVLImageProcessor, MonoInternVLProcessor
 from mono_internvl.modeling_mono_internvl import cpu_has_bfloat16_units, place_images
-from PIL import Image
-from transformers import AutoTokenizer, TextIteratorStreamer
 
 
 @pytest.fixture(scope="module")
@@ -76,7 +77,9 @@ def test_several_pictures_get_names_and_share_the_tiles(model, processor, chat):
     )
     encoded = []
     original = model.model.get_image_features
-    model.model.get_image_features = lambda pixel_values, **kw: encoded.append(pixel_values) or original(pixel_values, **kw)
+    model.model.get_image_features = lambda pixel_values, **kw: (
+        encoded.append(pixel_values) or original(pixel_values, **kw)
+    )
     try:
         _, history = chat([RED, BLUE], "Which?", return_history=True, max_tiles=2)
     finally:

@@ -2,9 +2,10 @@
 
 import pytest
 import torch
-from conftest import tiny_model
 from test_routing import MASK, ROWS, tiles
 from transformers import StaticCache
+
+from conftest import tiny_model
 
 
 @pytest.fixture(autouse=True)

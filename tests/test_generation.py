@@ -3,8 +3,9 @@
 import pytest
 import torch
 import transformers.generation.utils as generation_utils
-from conftest import tiny_model
 from test_routing import IMAGE, MASK, ROWS, tiles
+
+from conftest import tiny_model
 
 
 NEW = 12
@@ -125,9 +126,7 @@ def test_a_new_picture_in_a_later_turn(model):
     )
     cache = first.past_key_values
     cache.crop(ROWS.shape[1] - cache.get_seq_length())
-    continued = generated(
-        model, whole, torch.ones_like(whole), pixel_values=pixels[2:], past_key_values=cache
-    )
+    continued = generated(model, whole, torch.ones_like(whole), pixel_values=pixels[2:], past_key_values=cache)
     assert continued == reference
 
 
@@ -149,3 +148,10 @@ def test_a_callers_generation_config_is_not_changed(model):
     before = config.to_dict()
     model.generate(ROWS[:1], attention_mask=MASK[:1], pixel_values=tiles(), generation_config=config)
     assert config.to_dict() == before
+
+
+def test_static_cache_without_padding(model, expected):
+    """A static cache has empty places, which an unpadded prompt's last query must not see."""
+    one = generated(model, ROWS[:1], MASK[:1], pixel_values=tiles(), cache_implementation="static")
+    two = generated(model, ROWS[1:, 3:], MASK[1:, 3:], cache_implementation="static")
+    assert [*one, *two] == expected

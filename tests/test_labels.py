@@ -83,12 +83,12 @@ def test_supervised_spans(nano, name):
         return_assistant_tokens_mask=True,
         max_tiles=3 * max(len(pictures), 1),
     )
-    text = nano.tokenizer.decode(encoded["input_ids"])
+    text = nano.tokenizer.decode(encoded["input_ids"][0])
     # The golden prompts have two tokens a tile, this processor one.
     text = re.sub("(<IMG_CONTEXT>)+", lambda run: run[0] * 2, text)
     assert text == "<s>" + sample["prompt"]
     spans, owned = [], []
-    for token, mine in zip(encoded["input_ids"], encoded["assistant_masks"], strict=True):
+    for token, mine in zip(encoded["input_ids"][0], encoded["assistant_masks"][0], strict=True):
         if mine:
             owned.append(token)
         elif owned:
@@ -105,7 +105,7 @@ def answer_ids(processor, messages, **options):
     encoded = processor.apply_chat_template(
         messages, tokenize=True, return_dict=True, return_assistant_tokens_mask=True, **options
     )
-    return [i for i, mine in zip(encoded["input_ids"], encoded["assistant_masks"], strict=True) if mine]
+    return [i for i, mine in zip(encoded["input_ids"][0], encoded["assistant_masks"][0], strict=True) if mine]
 
 
 @pytest.mark.parametrize(
@@ -148,7 +148,7 @@ def test_masks_follow_padding_and_truncation(nano):
         )
         for ids, mask in zip(encoded["input_ids"], encoded["assistant_masks"], strict=True):
             assert ids[mask.bool()].tolist() == owned
-    full = nano.apply_chat_template(batch[1], tokenize=True)
+    (full,) = nano.apply_chat_template(batch[1], tokenize=True)
     cut = answer_ids(nano, batch[1], truncation=True, max_length=len(full) - 1)
     assert cut == owned[:-1]
 

@@ -6,11 +6,12 @@ import shutil
 
 import pytest
 import torch
-from conftest import golden, tiny_config, tiny_model
-from mono_internvl import MonoInternVLConfig, MonoInternVLForCausalLM
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, AutoModelForImageTextToText
+
+from conftest import golden, tiny_config, tiny_model
+from mono_internvl import MonoInternVLConfig, MonoInternVLForCausalLM
 
 
 IDS = torch.tensor([[1, 5, 9, 30, 31, 44]])

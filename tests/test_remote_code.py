@@ -7,6 +7,7 @@ import sys
 from pathlib import Path
 
 import pytest
+
 from conftest import ROOT, tiny_model
 
 
@@ -63,8 +64,9 @@ def check(result: dict) -> None:
 
 
 def test_a_saved_folder_stands_alone(tmp_path):
-    from mono_internvl import MonoInternVLImageProcessor, MonoInternVLProcessor
     from transformers import AutoTokenizer
+
+    from mono_internvl import MonoInternVLImageProcessor, MonoInternVLProcessor
 
     tokenizer = AutoTokenizer.from_pretrained(ROOT, trust_remote_code=False)
     processor = MonoInternVLProcessor(MonoInternVLImageProcessor(tile_size=56, max_tiles=2), tokenizer)

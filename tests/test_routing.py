@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+
 from conftest import tiny_config, tiny_model
 from mono_internvl import MonoInternVLForCausalLM
 from mono_internvl.modeling_mono_internvl import make_routing_plan
@@ -33,7 +34,9 @@ class Rows:
                     module.register_forward_hook(self._hook(name))
 
     def _hook(self, name):
-        return lambda module, inputs, output: self.seen[name].append(inputs[0].reshape(-1, inputs[0].shape[-1]).shape[0])
+        return lambda module, inputs, output: self.seen[name].append(
+            inputs[0].reshape(-1, inputs[0].shape[-1]).shape[0]
+        )
 
 
 @pytest.mark.parametrize("experts", ["none", "qkv", "qkvo"])
@@ -78,7 +81,9 @@ def test_the_blend_formula(monkeypatch):
         visual = (ROWS == IMAGE)[..., None]
         for layer in model.model.language_model.layers:
             monkeypatch.setattr(
-                layer, "feed_forward", lambda x, plan, layer=layer: torch.where(visual, layer.visual_mlp(x), layer.mlp(x))
+                layer,
+                "feed_forward",
+                lambda x, plan, layer=layer: torch.where(visual, layer.visual_mlp(x), layer.mlp(x)),
             )
         blended = model(ROWS, attention_mask=MASK, pixel_values=tiles()).logits
     torch.testing.assert_close(routed[MASK.bool()], blended[MASK.bool()], atol=1e-4, rtol=1e-4)

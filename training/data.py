@@ -29,7 +29,7 @@ def encode_conversation(
         return_assistant_tokens_mask=True,
         processor_kwargs={"do_normalize": False, **image_options},
     )
-    ids, answers = torch.tensor(encoded["input_ids"]), torch.tensor(encoded["assistant_masks"])
+    ids, answers = torch.tensor(encoded["input_ids"][0]), torch.tensor(encoded["assistant_masks"][0])
     if not answers.any():
         raise ValueError("the conversation holds no answer to learn")
     patches = processor.tokens_per_tile
