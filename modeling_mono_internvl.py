@@ -934,7 +934,7 @@ class MonoInternVLForCausalLM(MonoInternVLPreTrainedModel, GenerationMixin):
             return_history: also return the history with this turn; what is passed in is not changed.
             max_tiles: most tiles of a picture; several pictures share them. Default: the processor's.
             streamer: gets the answer as it grows: a `transformers` text streamer, or a callable that takes `str`.
-                Pieces are whole characters and join to the answer.
+                Pieces are whole characters and join to the answer. A bare streamer (`put`, `end`) gets ids.
             keep_grounding_tags: leave `<ref>` and `<box>` in the answer.
             processor: default is the one that lies beside the weights.
             **generate_kwargs: passed to `generate`; greedy with at most 1,024 new tokens by default.
@@ -979,7 +979,8 @@ class MonoInternVLForCausalLM(MonoInternVLPreTrainedModel, GenerationMixin):
         options.setdefault("eos_token_id", processor.stop_token_ids)
         options.setdefault("pad_token_id", processor.tokenizer.pad_token_id)
         if streamer is not None:
-            options["streamer"] = AnswerStreamer(streamer, answer_text)
+            takes_text = callable(streamer) or hasattr(streamer, "on_finalized_text")
+            options["streamer"] = AnswerStreamer(streamer, answer_text) if takes_text else streamer
         sequences = self.generate(**inputs, **options)
         if not isinstance(sequences, torch.Tensor):
             sequences = sequences.sequences

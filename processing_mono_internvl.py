@@ -209,7 +209,7 @@ class MonoInternVLProcessor(ProcessorMixin):
             **kwargs: `add_generation_prompt`, `continue_final_message`, and the template's own variables.
 
         Returns:
-            The rendered string(s); with `tokenize=True` the `input_ids`, or with `return_dict=True` all inputs. A single
+            The rendered string(s); with `tokenize=True` the `input_ids`, or with `return_dict=True` all inputs; one
             conversation is a batch of one.
 
         Raises:
