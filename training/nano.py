@@ -178,7 +178,7 @@ class LogLine(TrainerCallback):
 
 def train(
     out: Annotated[Path, typer.Argument(help="folder of the finished model")],
-    steps: Annotated[int, typer.Option(help="optimiser steps")] = 2400,
+    steps: Annotated[int, typer.Option(help="optimiser steps")] = 4000,
     batch_size: Annotated[int, typer.Option(help="conversations a step, over all processes")] = 32,
     learning_rate: Annotated[float, typer.Option(help="peak learning rate")] = 1.2e-3,
     workers: Annotated[int, typer.Option(help="processes that draw pictures, for each that trains")] = 0,
