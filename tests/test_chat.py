@@ -123,7 +123,7 @@ def test_sampling_and_seeds(chat):
         (RED, "<image> and <image>", None, "2 <image> marks in the prompt, but 1 pictures"),
         ([RED, BLUE], "<image> only", None, "1 <image> marks in the prompt, but 2 pictures"),
         (None, "<image>?", None, "1 <image> marks in the prompt, but 0 pictures"),
-        (None, "More?", [("<image>\nWhat?", "red")], "as many pictures as marks"),
+        (None, "More?", [("<image>\nWhat?", "red")], "give as many as marks"),
     ],
 )
 def test_what_is_refused(chat, images, prompt, history, message):
