@@ -331,5 +331,5 @@ def font(size: int, text: str = "") -> ImageFont.FreeTypeFont | ImageFont.ImageF
     try:
         return ImageFont.load_default(size)
     except (TypeError, ImportError):
-        # Pillow 10.0, or one built without FreeType: a small bitmap font.
+        # A Pillow built without FreeType: a small bitmap font.
         return ImageFont.load_default()

@@ -540,7 +540,7 @@ def test_evaluate_command(folder, tmp_path):
 
 @needs_nano
 def test_the_bundled_nano_answers_about_the_example():
-    result = run("chat", ROOT / "examples" / "plate.png", "How many stars are there?")
+    result = run("chat", ROOT / "examples" / "plate.png", "How many circles are there?")
     assert result.exit_code == 0, result.stderr
-    assert result.stdout == "1\n"
+    assert result.stdout == "2\n"
     assert result.stderr == ""

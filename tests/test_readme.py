@@ -15,5 +15,5 @@ def test_the_python_of_the_readme_runs(monkeypatch, capsys):
     for block in runnable:
         exec(compile(block, "README.md", "exec"), names)
     printed = capsys.readouterr().out
-    assert printed.startswith("1\n")  # one star
+    assert printed.startswith("2\n")  # two circles
     assert len(names["history"]) == 1 and len(names["outputs"]) == 2
