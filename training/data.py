@@ -1,19 +1,29 @@
-"""Conversations with pictures -> training tensors: `encode_conversation` for one, `Collator` for a batch."""
+"""Conversations with pictures -> training tensors: `encode_conversation` for one, the collators for a batch.
 
-from collections.abc import Sequence
+`Collator` pads: one row a conversation. `PackCollator` joins: one row a pack, positions restart with each conversation
+and no attention mask is given, which is how transformers' attention backends know where one ends (FlashAttention by
+its variable-length kernel, flex and sdpa by a block mask).
+"""
+
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import torch
+from PIL import Image
 
+from ..image_processing_mono_internvl import load_image
 from ..processing_mono_internvl import MonoInternVLProcessor
 
 
 IGNORED = -100
+_EXIF_ORIENTATION, _ON_ITS_SIDE = 0x0112, (5, 6, 7, 8)
+
+Example = dict[str, torch.Tensor]
 
 
 def encode_conversation(
     processor: MonoInternVLProcessor, messages: list[dict[str, Any]], **image_options: Any
-) -> dict[str, torch.Tensor]:
+) -> Example:
     """One conversation as `input_ids` and `labels`, int64 [T], and `pixel_values`, uint8 [tiles, patches, 3*28*28].
 
     Labels are the ids of each answer and its `<|im_end|>`, and -100 elsewhere. Pixels stay uint8, a quarter of the
@@ -41,22 +51,92 @@ def encode_conversation(
     }
 
 
+def picture_sizes(messages: Iterable[dict[str, Any]]) -> list[tuple[int, int]]:
+    """Width and height of every picture of a conversation as it is seen; of a file only the header is read."""
+    sizes = []
+    for message in messages:
+        for part in message["content"] if isinstance(message["content"], list) else []:
+            if part["type"] != "image":
+                continue
+            picture = part["image"]
+            if isinstance(picture, str) and "://" not in picture:
+                with Image.open(picture) as opened:
+                    (width, height), turned = opened.size, opened.getexif().get(_EXIF_ORIENTATION) in _ON_ITS_SIDE
+                sizes.append((height, width) if turned else (width, height))
+            else:
+                sizes.append(load_image(picture).size)
+    return sizes
+
+
+def target_weights(labels: torch.Tensor, weighting: str) -> torch.Tensor:
+    """float32 [T], the weight of each label of one sample: 0 where it is -100 or nothing predicts it (the first).
+
+    `token`: 1. `sample`: 1 / targets, so that every sample counts the same. `square`: 1 / sqrt(targets), between them
+    (InternVL's default for packs).
+    """
+    weights = (labels != IGNORED).float()
+    weights[0] = 0.0
+    power = {"token": 0.0, "square": 0.5, "sample": 1.0}[weighting]
+    return weights / weights.sum().clamp(min=1.0) ** power
+
+
 class Collator:
-    """Pads conversations on the right and joins their tiles; a batch without a picture gets zero tiles."""
+    """Pads conversations on the right and joins their tiles; a batch without a picture gets zero tiles.
 
-    def __init__(self, pad_token_id: int):
-        self.pad_token_id = pad_token_id
+    Returns `input_ids`, `labels`, `attention_mask` int64 [B, T] and `pixel_values`; with a `weighting` also
+    `loss_weights`, float32 [B, T].
+    """
 
-    def __call__(self, examples: Sequence[dict[str, torch.Tensor]]) -> dict[str, torch.Tensor]:
-        def pad(name: str, filler: int) -> torch.Tensor:
-            rows = [example[name] for example in examples]
+    def __init__(self, pad_token_id: int, weighting: str | None = None):
+        self.pad_token_id, self.weighting = pad_token_id, weighting
+
+    def __call__(self, examples: Sequence[Example]) -> Example:
+        def pad(rows: list[torch.Tensor], filler: float) -> torch.Tensor:
             return torch.nn.utils.rnn.pad_sequence(rows, batch_first=True, padding_value=filler)
 
         lengths = torch.tensor([len(example["input_ids"]) for example in examples])
-        input_ids = pad("input_ids", self.pad_token_id)
-        return {
+        input_ids = pad([example["input_ids"] for example in examples], self.pad_token_id)
+        batch = {
             "input_ids": input_ids,
             "attention_mask": (torch.arange(input_ids.shape[1]) < lengths[:, None]).long(),
-            "labels": pad("labels", IGNORED),
+            "labels": pad([example["labels"] for example in examples], IGNORED),
             "pixel_values": torch.cat([example["pixel_values"] for example in examples]),
         }
+        if self.weighting:
+            batch["loss_weights"] = pad([target_weights(e["labels"], self.weighting) for e in examples], 0.0)
+        return batch
+
+
+class PackCollator:
+    """Joins the conversations of each pack into one row; packs of a batch are padded to the longest.
+
+    Returns `input_ids`, `labels`, `position_ids` int64 [packs, T], `loss_weights` float32 [packs, T] and `pixel_values`.
+    Padding is a sample of its own: its positions restart, and nothing is learnt from it.
+    """
+
+    def __init__(self, pad_token_id: int, weighting: str = "token"):
+        self.pad_token_id, self.weighting = pad_token_id, weighting
+
+    def __call__(self, packs: Sequence[Sequence[Example]]) -> Example:
+        length = max(sum(len(example["input_ids"]) for example in pack) for pack in packs)
+        rows: dict[str, list[torch.Tensor]] = {"input_ids": [], "labels": [], "position_ids": [], "loss_weights": []}
+        for pack in packs:
+            padding = length - sum(len(example["input_ids"]) for example in pack)
+            labels = []
+            for example in pack:
+                # Nothing of the sample before predicts the first token of this one.
+                kept = example["labels"].clone()
+                kept[0] = IGNORED
+                labels.append(kept)
+            ends = [len(example["input_ids"]) for example in pack] + [padding]
+            rows["input_ids"].append(
+                torch.cat([*(e["input_ids"] for e in pack), torch.full((padding,), self.pad_token_id)])
+            )
+            rows["labels"].append(torch.cat([*labels, torch.full((padding,), IGNORED)]))
+            rows["position_ids"].append(torch.cat([torch.arange(end) for end in ends]))
+            rows["loss_weights"].append(
+                torch.cat([*(target_weights(e["labels"], self.weighting) for e in pack), torch.zeros(padding)])
+            )
+        batch = {name: torch.stack(values) for name, values in rows.items()}
+        batch["pixel_values"] = torch.cat([example["pixel_values"] for pack in packs for example in pack])
+        return batch

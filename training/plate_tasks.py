@@ -1,0 +1,191 @@
+"""The plate world as training data, one task for each stage of EViP (paper 2410.08202, 3.3 and table 1).
+
+    text            no pictures: a plate described in words, then questions about it      the dense language model
+    noisy_captions  captions with wrong, missing and stray words, of up to 3 shapes       S1.1, concepts
+    captions        long, clean captions with places                                       S1.2, semantics
+    alignment       captions, boxes and printed numbers                                    S1.3
+    instructions    every question of the plate world, and conversations without pictures  S2
+
+`PlateWorld(task, length)[i]` is made from `(seed, i)` alone, so any worker draws the same. Plates grow harder with `i`.
+"""
+
+import math
+import random
+from functools import partial
+from typing import Any
+
+import torch
+
+from ..processing_mono_internvl import MonoInternVLProcessor
+from .plate_world import (
+    COLORS,
+    QA,
+    SHAPES,
+    Item,
+    Plate,
+    caption_of,
+    draw_plate,
+    position_of,
+    questions,
+    sample_plate,
+)
+from .sources import Record
+
+
+TASKS = ("text", "noisy_captions", "captions", "alignment", "instructions")
+CAPTION_PROMPT = "provide a one-sentence caption for the image"
+# Questions asked of one picture: reading it is what costs, and answers are what teaches.
+QUESTIONS = 4
+# How often each category is chosen when it applies.
+ALIGNMENT = {"caption": 2.0, "box": 3.0, "number": 6.0, "color": 0.5, "position": 0.5}
+INSTRUCTIONS = {"shape": 2.0, "color": 2.5, "count": 3.5, "number": 3.0, "position": 3.0, "caption": 1.2, "box": 1.0}
+TEXT_SHARE = 0.1
+GREETINGS = (
+    ("Hello", "hello, show me a picture of shapes and ask about them."),
+    ("Hi", "hello, show me a picture of shapes and ask about them."),
+    ("Who are you?", "i am the mono-internvl nano."),
+    ("What is your name?", "i am the mono-internvl nano."),
+    ("What can you do?", "i answer questions about plain shapes and numbers in a picture."),
+    ("Which shapes do you know?", "circle, square, triangle and star."),
+    ("Which colors do you know?", "red, green, blue, yellow, purple, orange and black."),
+)
+# Words that stand around the captions of pictures found on the web.
+_BEFORE = ("", "", "", "a picture of ", "image of ", "a drawing of ", "a photo of ")
+_AFTER = ("", "", "", " on a plain background", " in the image", ", a picture")
+
+
+class PlateWorld:
+    """A source of records (see `training.sources`), in order.
+
+    Args:
+        task: one of TASKS.
+        length: records; the curriculum goes by `i / length`.
+        naming: share of the run in which the visual tokens of one-tile pictures have targets too (`name_patches`).
+        block: of so many neighbours all pictures are long (several tiles) or none is, so that batches are padded
+            little; one block in four is.
+        seed: another seed, other plates.
+
+    Raises:
+        ValueError: an unknown task.
+    """
+
+    ordered = True
+
+    def __init__(self, task: str, length: int, *, naming: float = 0.0, block: int = 64, seed: int = 0):
+        if task not in TASKS:
+            raise ValueError(f"plate_world: unknown task {task!r}; allowed are {', '.join(TASKS)}")
+        self.task, self.length, self.naming, self.block, self.seed = task, length, naming, block, seed
+        self.name = f"plate_world/{task}"
+
+    def __len__(self) -> int:
+        return self.length
+
+    def __getitem__(self, index: int) -> Record:
+        rng = random.Random(f"{self.seed}/{self.task}/{index}")
+        progress = index / self.length
+        where = f"{self.name}, {index}"
+        if self.task == "text" or (self.task == "instructions" and rng.random() < TEXT_SHARE):
+            return Record(_messages(_text_turns(rng)), where)
+        plate = self._plate(rng, progress, tiled=(index // self.block) % 4 == 0)
+        turns = self._turns(plate, rng)
+        turns[0] = (f"<image>\n{turns[0][0]}", turns[0][1])
+        if progress >= self.naming:
+            return Record(_messages(turns, draw_plate(plate, rng)), where)
+        return Record(_messages(turns, draw_plate(plate, rng)), where, finish=partial(name_patches, plate=plate))
+
+    def _plate(self, rng: random.Random, progress: float, tiled: bool) -> Plate:
+        most, numbers = 5, 0.25
+        if self.task == "noisy_captions":
+            most, numbers = 1 if progress < 0.4 else 3, 0.0 if progress < 0.4 else 0.15
+        elif self.task == "captions":
+            most, numbers = 3 if progress < 0.4 else 5, 0.25
+        elif self.task == "alignment":
+            numbers = 0.55
+        while True:
+            plate = sample_plate(rng, max_shapes=most, with_number=numbers)
+            if plate.items and (max(plate.width, plate.height) / min(plate.width, plate.height) > 1.5) == tiled:
+                return plate
+
+    def _turns(self, plate: Plate, rng: random.Random) -> list[tuple[str, str]]:
+        if self.task == "noisy_captions":
+            return [(CAPTION_PROMPT, noisy_caption(plate, rng))]
+        if self.task == "captions":
+            return [(CAPTION_PROMPT, long_caption(plate))]
+        weights = ALIGNMENT if self.task == "alignment" else INSTRUCTIONS
+        asked = choose_questions(questions(plate, rng), rng, weights, QUESTIONS)
+        return [(qa.question, qa.answer) for qa in asked] or [(CAPTION_PROMPT, long_caption(plate))]
+
+
+def noisy_caption(plate: Plate, rng: random.Random) -> str:
+    """A caption as the web has them: things left out, a colour mistaken, words around it."""
+    items = [item for item in plate.items if rng.random() > 0.15] or list(plate.items)
+    items = [_recoloured(item, rng) if rng.random() < 0.08 else item for item in items]
+    return rng.choice(_BEFORE) + caption_of(items) + rng.choice(_AFTER)
+
+
+def long_caption(plate: Plate) -> str:
+    """Each thing in reading order, with its place where it has a name."""
+    parts = []
+    for item in sorted(plate.items, key=lambda item: (int(3 * item.center[1] / plate.height), item.center[0])):
+        name = f"the number {item.text} in {item.color}" if item.kind == "number" else caption_of([item])
+        place = position_of(item, plate)
+        parts.append(name if place is None else f"{name} in the {place}")
+    return ", ".join(parts)
+
+
+def choose_questions(candidates: list[QA], rng: random.Random, weights: dict[str, float], count: int) -> list[QA]:
+    """A draw without replacement, by the weight of each question's category."""
+    keyed = [
+        (rng.random() ** (1.0 / weights[qa.category]), i) for i, qa in enumerate(candidates) if weights.get(qa.category)
+    ]
+    return [candidates[i] for _, i in sorted(keyed, reverse=True)[:count]]
+
+
+def name_patches(example: dict[str, torch.Tensor], processor: MonoInternVLProcessor, plate: Plate) -> None:
+    """Give the visual tokens of a picture their targets, in place; one of several tiles is left as it is.
+
+    A token sees only what is above and to the left of it, so a shape's upper patches are left alone: its name is asked
+    of those whose centre lies in the lower 60 % of its box. The target stands one place on, as labels are shifted.
+    """
+    if example["pixel_values"].shape[0] != 1:
+        return
+    side = processor.image_processor.tile_size // 28
+    first = int((example["input_ids"] == processor.image_token_id).nonzero()[0])
+    for item in plate.items:
+        names = list(item.text) if item.kind == "number" else [item.kind]
+        left, top, right, bottom = item.box
+        width = (right - left) / len(names)
+        for i, name in enumerate(names):
+            (target,) = processor.tokenizer.encode(name, add_special_tokens=False)
+            x1, x2 = ((left + (i + k) * width) / plate.width * side for k in (0, 1))
+            y1, y2 = top / plate.height * side, bottom / plate.height * side
+            columns = range(max(math.ceil(x1 - 0.5), 0), min(math.ceil(x2 - 0.5), side)) or [int((x1 + x2) / 2)]
+            lower = y1 + 0.4 * (y2 - y1)
+            rows = range(max(math.ceil(lower - 0.5), 0), min(math.ceil(y2 - 0.5), side)) or [int((lower + y2) / 2)]
+            for row in rows:
+                for column in columns:
+                    example["labels"][first + min(row, side - 1) * side + min(column, side - 1) + 1] = target
+
+
+def _text_turns(rng: random.Random) -> list[tuple[str, str]]:
+    """A conversation without a picture: small talk, or a plate told in words and questions about it."""
+    if rng.random() < 0.1:
+        return [rng.choice(GREETINGS)]
+    while True:
+        plate = sample_plate(rng, max_shapes=5, with_number=0.4)
+        asked = choose_questions(questions(plate, rng), rng, {**INSTRUCTIONS, "box": 0.0}, QUESTIONS)
+        if asked:
+            break
+    told = long_caption(plate)
+    (first, answer), *others = [(qa.question, qa.answer) for qa in asked]
+    return [(f"The image shows {told}. {first}", answer), *others]
+
+
+def _messages(turns: list[tuple[str, str]], picture: Any = None) -> list[dict[str, Any]]:
+    pictures = [] if picture is None else [picture]
+    return MonoInternVLProcessor.conversation(turns, pictures)
+
+
+def _recoloured(item: Item, rng: random.Random) -> Item:
+    kind = item.kind if rng.random() < 0.5 or item.kind == "number" else rng.choice(SHAPES)
+    return Item(kind, rng.choice(COLORS), item.box, item.text)

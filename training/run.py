@@ -1,0 +1,359 @@
+"""Runs a stage: recipe -> model, data, `EViPTrainer` -> a folder that `from_pretrained` loads."""
+
+import logging
+import math
+import os
+import shutil
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM, TrainingArguments, set_seed
+
+from ..image_processing_mono_internvl import MonoInternVLImageProcessor
+from ..modeling_mono_internvl import MonoInternVLForCausalLM
+from ..processing_mono_internvl import MonoInternVLProcessor
+from .groups import count_parameters, linear_modules, train_only
+from .loading import Batches, Conversations, Key, UnitBatches, mixture, one_pass, packed
+from .plate_tasks import PlateWorld
+from .sources import Source, open_sources
+from .stages import RECIPES, Stage, load_stage
+from .trainer import EViPTrainer, Progress, checkpoints
+
+
+logger = logging.getLogger(__name__)
+
+ROOT = Path(__file__).resolve().parent.parent
+# Keys of a recipe's `data` that draw instead of reading files.
+PLATE_OPTIONS = ("plate_world", "naming", "block", "seed")
+
+
+def run_stage(
+    recipe: str | Path,
+    overrides: Mapping[str, Any] | None = None,
+    *,
+    runs: str | Path = "runs",
+    output: str | Path | None = None,
+    resume: bool = False,
+    write: Callable[[str], None] = logger.info,
+) -> Path:
+    """Train one stage.
+
+    Args:
+        recipe: name of a recipe of this package, or a YAML file.
+        overrides: fields of `Stage` that replace the recipe's.
+        runs: checkpoints and logs go to `runs/RECIPE/`; a recipe that starts from another finds it there.
+        output: folder of the finished model; default `runs/RECIPE/model`.
+        resume: go on from the newest whole checkpoint, if there is one.
+        write: gets lines about what trains, and progress.
+
+    Returns:
+        The folder of the finished model.
+
+    Raises:
+        FileNotFoundError, ValueError: what is missing or does not fit, by name.
+        BadSample: a sample that cannot be learnt from, by file and line.
+    """
+    stage = load_stage(recipe, overrides)
+    name = Path(recipe).stem if Path(recipe).suffix else str(recipe)
+    folder = Path(runs) / name
+    output = Path(output) if output is not None else folder / "model"
+    kept = checkpoints(folder)
+    if kept and not resume:
+        raise ValueError(f"{folder} holds checkpoints of an earlier run: pass --resume to go on, or remove them")
+    # Before anything is read or built: whatever starts at random starts the same.
+    set_seed(stage.seed)
+    world_size, rank = int(os.environ.get("WORLD_SIZE", 1)), int(os.environ.get("RANK", 0))
+    # Text is told once, by the process that leads.
+    tell = write if rank == 0 else (lambda line: None)
+
+    processor, model = _start(stage, Path(runs), folder, rank)
+    if isinstance(model, MonoInternVLForCausalLM):
+        model.config.text_config.drop_path_rate = stage.drop_path
+        _set_drop_path(model)
+    sources = _sources(stage)
+    units, steps = _units(stage, sources, processor)
+    per_step = stage.batch_size // stage.accumulation
+    if per_step % world_size:
+        raise ValueError(
+            f"batch_size / accumulation = {per_step} must be a multiple of the {world_size} processes that train"
+        )
+    conversations = units.conversations
+
+    train_only(model, stage.trains or (stage.lora or {})["groups"])
+    trained: torch.nn.Module = model
+    if stage.lora:
+        trained = _with_lora(model, stage.lora)
+    for line in describe(stage, name, trained, processor, steps):
+        tell(line)
+
+    trainer = EViPTrainer(
+        model=trained,
+        args=_arguments(stage, folder, steps, per_step // world_size),
+        processing_class=processor,
+        conversations=conversations,
+        batches=Batches(
+            processor.tokenizer.pad_token_id,
+            processor.tokens_per_tile,
+            packing=stage.packing,
+            weighting=stage.loss_weighting,
+        ),
+        micro_batches=UnitBatches(units, steps * stage.accumulation, per_step // world_size, rank, world_size),
+        max_bad_share=stage.max_bad_share,
+        callbacks=[Progress(tell)],
+    )
+    trainer.train(resume_from_checkpoint=str(kept[-1]) if kept else None)
+    if trainer.bad_samples:
+        tell(f"{trainer.bad_samples} of {trainer.samples_read} samples were left out; the log names them")
+    _save(trainer, processor, stage, output)
+    tell(f"finished: {output}")
+    return output
+
+
+def describe(
+    stage: Stage, name: str, model: torch.nn.Module, processor: MonoInternVLProcessor, steps: int
+) -> Iterator[str]:
+    """What trains and what is frozen, by group, and the tokens of a step, before it starts."""
+    yield f"{name}: {stage.description}"
+    for group, (trains, total) in count_parameters(model).items():
+        state = "trains" if trains == total else "frozen" if trains == 0 else f"adapters of {trains:,} train"
+        yield f"  {group:<26}{total:>16,}  {state}"
+    limit = processor.tokens_per_tile * (stage.max_tiles + (stage.max_tiles > 1))
+    kind = "packs" if stage.packing else "samples"
+    yield (
+        f"  {steps:,} steps of {stage.batch_size:,} {kind}, at most {stage.batch_size * stage.max_length:,} tokens a step "
+        f"({stage.max_length:,} a {kind[:-1]}, {limit:,} of a picture)"
+    )
+
+
+# ------------------------------------------------------------------------------------------------------------ start
+
+
+def _start(stage: Stage, runs: Path, folder: Path, rank: int) -> tuple[MonoInternVLProcessor, Any]:
+    attention = {} if stage.attn_implementation is None else {"attn_implementation": stage.attn_implementation}
+    if stage.dense is not None:
+        processor = _processor(stage.tokenizer or str(ROOT))
+        if stage.max_tiles != processor.image_processor.max_tiles:
+            processor.image_processor.max_tiles = stage.max_tiles
+        tokenizer = processor.tokenizer
+        config = LlamaConfig(
+            bos_token_id=tokenizer.bos_token_id,
+            eos_token_id=tokenizer.eos_token_id,
+            pad_token_id=tokenizer.pad_token_id,
+            **{"vocab_size": processor.image_token_ids[1], **stage.dense},
+        )
+        config._attn_implementation = stage.attn_implementation
+        return processor, LlamaForCausalLM(config)
+    assert stage.model is not None
+    source = stage.model
+    if (RECIPES / f"{source}.yaml").is_file():
+        source = str(runs / source / "model")
+        if not Path(source).is_dir():
+            raise FileNotFoundError(f"{stage.model} has not been trained: {source} does not exist")
+    if stage.expand is not None:
+        source = str(_expanded(source, stage, folder, rank))
+    processor = _processor(stage.tokenizer or source)
+    model = MonoInternVLForCausalLM.from_pretrained(source, dtype=torch.float32, **attention)
+    return processor, model
+
+
+def _processor(folder: str) -> MonoInternVLProcessor:
+    try:
+        return MonoInternVLProcessor.from_pretrained(folder)
+    except OSError:
+        # A dense model's folder has a tokenizer alone.
+        return MonoInternVLProcessor(MonoInternVLImageProcessor(), AutoTokenizer.from_pretrained(folder))
+
+
+def _expanded(source: str, stage: Stage, folder: Path, rank: int) -> Path:
+    """The dense model expanded, once, beside the stage's checkpoints."""
+    from ..conversion import expand_checkpoint
+
+    target = folder / "expanded"
+    if rank == 0 and not target.is_dir():
+        options = dict(stage.expand or {})
+        start = options.pop("start", None)
+        expand_checkpoint(
+            source, target, visual_attention_experts=stage.visual_attention_experts or "none", **options
+        )
+        if start:
+            model = MonoInternVLForCausalLM.from_pretrained(target)
+            start_vision(model, **start)
+            model.save_pretrained(target)
+    if torch.distributed.is_initialized():
+        torch.distributed.barrier()
+    return target
+
+
+@torch.no_grad()
+def start_vision(model: MonoInternVLForCausalLM, patch: float, position: float) -> None:
+    """Scale the patch embedding to a standard deviation of `patch`, and write sines and cosines of row and column, of
+    standard deviation `position`, into the position table, in place.
+
+    A flat background makes the 588 weights of a patch add up. Where its embedding is much wider than the positions,
+    these go unnoticed in a short run: left and right stay at chance for tens of thousands of pictures (above and below
+    are told by the order of the tokens).
+    """
+    embeddings = model.model.vision_embeddings
+    side, width = embeddings.side, embeddings.position_embedding.shape[-1]
+    waves = torch.arange(width // 4) / (width // 4) * math.pi * 4 + math.pi / side
+    angles = torch.arange(side)[:, None] / side * waves
+    axis = torch.cat((angles.sin(), angles.cos()), dim=-1)
+    rows, columns = axis[:, None].expand(-1, side, -1), axis[None].expand(side, -1, -1)
+    table = torch.cat((rows, columns), dim=-1).reshape(side * side, width)
+    embeddings.position_embedding[0, 1:] = position * (table - table.mean(0)) / table.std()
+    weight = embeddings.patch_embedding.weight
+    weight *= patch / weight.std()
+
+
+def _set_drop_path(model: MonoInternVLForCausalLM) -> None:
+    from ..modeling_mono_internvl import make_drop_path
+
+    for number, layer in enumerate(model.model.language_model.layers):
+        layer.drop_path = make_drop_path(model.config.text_config, number)
+
+
+def _with_lora(model: Any, options: Mapping[str, Any]) -> Any:
+    from peft import LoraConfig, get_peft_model
+
+    known = {"groups", "r", "alpha", "dropout"}
+    if set(options) - known or "groups" not in options:
+        raise ValueError(f"lora: needs groups, and knows {', '.join(sorted(known))}")
+    config = LoraConfig(
+        r=int(options.get("r", 16)),
+        lora_alpha=float(options.get("alpha", 32)),
+        lora_dropout=float(options.get("dropout", 0.0)),
+        target_modules=linear_modules(model, options["groups"]),
+        task_type="CAUSAL_LM",
+    )
+    return get_peft_model(model, config)
+
+
+# ------------------------------------------------------------------------------------------------------------- data
+
+
+def _sources(stage: Stage) -> list[Source]:
+    found: list[Source] = []
+    for spec in stage.data or []:
+        if not isinstance(spec, Mapping) or "plate_world" not in spec:
+            found += open_sources([spec])
+            continue
+        unknown = [key for key in spec if key not in (*PLATE_OPTIONS, "weight")]
+        if unknown:
+            raise ValueError(f"data: unknown key {unknown[0]!r}; plate_world knows {', '.join(PLATE_OPTIONS)}, weight")
+        if stage.steps is None:
+            raise ValueError("data: plate_world has no end: give steps, not epochs")
+        options = {"block": stage.batch_size, **{key: spec[key] for key in PLATE_OPTIONS[1:] if key in spec}}
+        length = stage.steps * stage.batch_size
+        found.append(Source(PlateWorld(spec["plate_world"], length, **options), weight=spec.get("weight")))
+    return found
+
+
+class _Units:
+    """Makes the run's units, from the first; picklable, and the same at every call."""
+
+    def __init__(self, stage: Stage, sources: list[Source], conversations: Conversations):
+        self.stage, self.sources, self.conversations = stage, sources, conversations
+
+    def keys(self) -> Iterator[Key]:
+        if self.stage.epochs is not None:
+            return one_pass(self.sources, self.stage.epochs, self.stage.seed)
+        return mixture(self.sources, self.stage.seed)
+
+    def __call__(self) -> Iterator[list[Key]]:
+        if not self.stage.packing:
+            return ([key] for key in self.keys())
+        return packed(self.keys(), self.conversations.length_of, self.stage.max_length, self.stage.seed)
+
+
+def _units(stage: Stage, sources: list[Source], processor: MonoInternVLProcessor) -> tuple[_Units, int]:
+    """The units and the number of steps."""
+    tile = processor.tokens_per_tile
+    if stage.max_length < tile + 16:
+        raise ValueError(f"max_length: {stage.max_length} tokens do not hold a tile of {tile} and a question")
+    conversations = Conversations(
+        sources,
+        processor,
+        max_tiles=stage.max_tiles,
+        max_length=stage.max_length,
+        skip_bad=stage.on_bad_sample == "skip",
+    )
+    units = _Units(stage, sources, conversations)
+    if stage.steps is not None:
+        return units, stage.steps
+    count = sum(1 for _ in units())
+    if count < stage.batch_size:
+        raise ValueError(f"data: {count} {'packs' if stage.packing else 'samples'} make no batch of {stage.batch_size}")
+    steps = count // stage.batch_size
+    if count % stage.batch_size:
+        logger.warning("the last %d of %d units fill no batch and are left out", count % stage.batch_size, count)
+    return units, steps
+
+
+# --------------------------------------------------------------------------------------------------------- training
+
+
+def _arguments(stage: Stage, folder: Path, steps: int, per_rank: int) -> TrainingArguments:
+    cuda = torch.cuda.is_available()
+    return TrainingArguments(
+        output_dir=str(folder),
+        max_steps=steps,
+        per_device_train_batch_size=per_rank,
+        gradient_accumulation_steps=stage.accumulation,
+        learning_rate=stage.learning_rate,
+        lr_scheduler_type=stage.schedule,
+        lr_scheduler_kwargs={"min_lr_rate": stage.min_lr_rate} if stage.schedule == "cosine_with_min_lr" else {},
+        warmup_steps=round(stage.warmup * steps) if stage.warmup < 1 else int(stage.warmup),
+        weight_decay=stage.weight_decay,
+        adam_beta1=stage.adam_beta1,
+        adam_beta2=stage.adam_beta2,
+        adam_epsilon=stage.adam_epsilon,
+        max_grad_norm=stage.max_grad_norm,
+        bf16=stage.bf16 and cuda,
+        tf32=True if cuda else None,
+        gradient_checkpointing=stage.gradient_checkpointing,
+        gradient_checkpointing_kwargs={"use_reentrant": False} if stage.gradient_checkpointing else None,
+        logging_steps=stage.log_steps,
+        save_steps=stage.save_steps,
+        save_total_limit=stage.keep_checkpoints,
+        dataloader_num_workers=stage.workers,
+        dataloader_prefetch_factor=4 if stage.workers else None,
+        dataloader_pin_memory=cuda,
+        # Said outright: without it the processes of a CPU run would each train a copy alone.
+        use_cpu=not cuda,
+        # Frozen parts have no gradient by design, and every trained part is in every graph (zero tiles).
+        ddp_find_unused_parameters=False,
+        remove_unused_columns=False,
+        disable_tqdm=True,
+        report_to=["tensorboard"] if _has_tensorboard() else [],
+        seed=stage.seed,
+    )
+
+
+def _has_tensorboard() -> bool:
+    from importlib.util import find_spec
+
+    return find_spec("tensorboard") is not None
+
+
+def _save(trainer: EViPTrainer, processor: MonoInternVLProcessor, stage: Stage, output: Path) -> None:
+    """Write the finished model to a temporary folder beside `output`, then rename it."""
+    temporary = output.with_name(output.name + ".tmp")
+    if trainer.is_world_process_zero():
+        shutil.rmtree(temporary, ignore_errors=True)
+    model = trainer.accelerator.unwrap_model(trainer.model)
+    if isinstance(model, MonoInternVLForCausalLM):
+        # A run's setting, not the model's.
+        model.config.text_config.drop_path_rate = 0.0
+        model.generation_config.eos_token_id = processor.stop_token_ids
+        model.generation_config.pad_token_id = processor.tokenizer.pad_token_id
+    model.to(getattr(torch, stage.save_dtype))
+    trainer.save_model(str(temporary))
+    if trainer.is_world_process_zero():
+        processor.save_pretrained(temporary)
+        if output.exists():
+            shutil.rmtree(output)
+        temporary.rename(output)
+    trainer.accelerator.wait_for_everyone()
+

@@ -1,0 +1,205 @@
+"""Stages as data: a recipe is one YAML file that fills one `Stage`.
+
+    load_stage("mono-internvl-2b/s1_1_concept")          a recipe of this package, by name
+    load_stage("my.yaml", {"learning_rate": "5e-5"})     a file, with what the command line overrides
+
+Every key is a field of `Stage`, and nothing else is accepted. A recipe may start from another with `base: NAME`.
+"""
+
+import dataclasses
+import difflib
+import types
+import typing
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from ..configuration_mono_internvl import VISUAL_ATTENTION_EXPERTS
+from .groups import GROUPS
+
+
+RECIPES = Path(__file__).with_name("recipes")
+SCHEDULES = ("constant_with_warmup", "cosine", "cosine_with_min_lr", "linear")
+WEIGHTINGS = ("token", "sample", "square")
+
+
+@dataclass(frozen=True)
+class Stage:
+    """One stage of training. Steps are optimiser steps; lengths are tokens.
+
+    Args:
+        description: what the stage is for, and its source.
+        model: folder, Hub id or name of an earlier recipe (its output in the runs folder) to start from.
+        expand: options of `expand_checkpoint` that make a Mono-InternVL of a dense `model` first.
+        dense: dimensions of a dense language model to start from at random instead of `model`; with `tokenizer`.
+        tokenizer: folder of the tokenizer and processor; default: the model's.
+        data: sources, each a path or a mapping with `path`, and `weight` or `repeat`, `root`, `name`, `max_tiles`;
+            or `{"plate_world": TASK}`.
+        trains: names of parameter groups (`training.groups`).
+        visual_attention_experts: give the model these experts while it is expanded (1.5).
+        max_tiles: most tiles of a picture, thumbnail not counted; several pictures of a sample share them.
+        max_length: most tokens of a sample, and the size of a pack.
+        packing: fill packs of `max_length` with several samples; else pad.
+        loss_weighting: token (every target token counts the same), sample (every sample), square (between them:
+            1 / sqrt(targets of the sample)).
+        steps, epochs: length of the stage; one of the two.
+        batch_size: samples (packs, if packing) of one optimiser step, over all processes and accumulation.
+        accumulation: micro-steps of one optimiser step.
+        warmup: warm-up in steps, or as a share of all steps if below 1.
+        drop_path: stochastic depth while training.
+        lora: `{"groups": [...], "r": 16, "alpha": 32, "dropout": 0.0}`: adapters instead of full training of `trains`.
+        save_dtype: of the finished model, float32 or bfloat16.
+        on_bad_sample: error, or skip: leave it out, count it and log its name; the run fails above `max_bad_share`.
+    """
+
+    description: str = ""
+    model: str | None = None
+    expand: dict | None = None
+    dense: dict | None = None
+    tokenizer: str | None = None
+    data: list | None = None
+    trains: tuple[str, ...] = ()
+    visual_attention_experts: str | None = None
+    max_tiles: int = 12
+    max_length: int = 4096
+    packing: bool = True
+    loss_weighting: str = "token"
+    steps: int | None = None
+    epochs: float | None = None
+    batch_size: int = 128
+    accumulation: int = 1
+    learning_rate: float = 1e-4
+    schedule: str = "cosine"
+    min_lr_rate: float = 0.0
+    warmup: float = 0
+    weight_decay: float = 0.01
+    adam_beta1: float = 0.9
+    adam_beta2: float = 0.999
+    adam_epsilon: float = 1e-8
+    max_grad_norm: float = 1.0
+    drop_path: float = 0.0
+    bf16: bool = True
+    gradient_checkpointing: bool = True
+    attn_implementation: str | None = None
+    lora: dict | None = None
+    on_bad_sample: str = "error"
+    max_bad_share: float = 0.01
+    save_dtype: str = "float32"
+    workers: int = 2
+    log_steps: int = 10
+    save_steps: int = 500
+    keep_checkpoints: int = 2
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        unknown = [group for group in (*self.trains, *(self.lora or {}).get("groups", ())) if group not in GROUPS]
+        if unknown:
+            raise ValueError(f"trains: {_unknown(unknown[0], GROUPS)}")
+        choices = {
+            "schedule": SCHEDULES,
+            "loss_weighting": WEIGHTINGS,
+            "on_bad_sample": ("error", "skip"),
+            "save_dtype": ("float32", "bfloat16"),
+            "visual_attention_experts": (*VISUAL_ATTENTION_EXPERTS, None),
+        }
+        for key, allowed in choices.items():
+            if getattr(self, key) not in allowed:
+                raise ValueError(f"{key}: {_unknown(str(getattr(self, key)), [a for a in allowed if a])}")
+        if not self.trains and not self.lora:
+            raise ValueError(f"trains: name at least one group of {', '.join(GROUPS)}")
+        if (self.steps is None) == (self.epochs is None):
+            raise ValueError("give one of steps and epochs")
+        for key in ("steps", "epochs", "batch_size", "accumulation", "max_tiles", "max_length", "learning_rate"):
+            value = getattr(self, key)
+            if value is not None and value <= 0:
+                raise ValueError(f"{key}: {value} must be positive")
+        if self.batch_size % self.accumulation:
+            raise ValueError(f"batch_size: {self.batch_size} must be a multiple of accumulation {self.accumulation}")
+        if not self.data:
+            raise ValueError("data: name at least one source")
+        if sum(value is not None for value in (self.model, self.dense)) != 1:
+            raise ValueError("give one of model (to start from) and dense (dimensions to start at random)")
+
+
+def recipe_names() -> list[str]:
+    """Names of the recipes in this package."""
+    return sorted(path.relative_to(RECIPES).with_suffix("").as_posix() for path in RECIPES.rglob("*.yaml"))
+
+
+def load_stage(recipe: str | Path, overrides: Mapping[str, Any] | None = None) -> Stage:
+    """Read a recipe, by name or path, and lay overrides over it (strings are read as YAML).
+
+    Raises:
+        FileNotFoundError: no such recipe; names the closest.
+        ValueError: an unknown key or group (names the closest), or a value of the wrong kind; names the recipe.
+    """
+    values = {**_read(recipe), **{key.replace("-", "_"): _parse(value) for key, value in (overrides or {}).items()}}
+    fields = {field.name: field for field in dataclasses.fields(Stage)}
+    hints = typing.get_type_hints(Stage)
+    try:
+        for key in values:
+            if key not in fields:
+                raise ValueError(_unknown(key, list(fields), "key"))
+        # An override of one length replaces the recipe's other.
+        given = {key.replace("-", "_") for key in overrides or {}}
+        for one, other in (("steps", "epochs"), ("epochs", "steps"), ("model", "dense")):
+            if one in given and other not in given:
+                values[other] = None
+        return Stage(**{key: _fit(key, value, hints[key]) for key, value in values.items()})
+    except ValueError as error:
+        raise ValueError(f"recipe {recipe}: {error}") from error
+
+
+def _read(recipe: str | Path) -> dict[str, Any]:
+    path = Path(recipe)
+    if path.suffix not in (".yaml", ".yml"):
+        path = RECIPES / f"{recipe}.yaml"
+    if not path.is_file():
+        raise FileNotFoundError(f"no recipe {recipe}: {_unknown(str(recipe), recipe_names(), 'recipe')}")
+    try:
+        values = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except yaml.YAMLError as error:
+        raise ValueError(f"{path} is not YAML: {' '.join(str(error).split())}") from error
+    if not isinstance(values, dict):
+        raise ValueError(f"{path}: a recipe is a mapping of keys, not {type(values).__name__}")
+    base = values.pop("base", None)
+    return values if base is None else {**_read(base), **values}
+
+
+def _parse(value: Any) -> Any:
+    return yaml.safe_load(value) if isinstance(value, str) else value
+
+
+def _unknown(name: str, allowed: Any, what: str = "value") -> str:
+    close = difflib.get_close_matches(name, list(allowed), n=1, cutoff=0.4)
+    hint = f"; did you mean {close[0]}?" if close else ""
+    return f"unknown {what} {name!r}{hint} Allowed: {', '.join(allowed)}"
+
+
+def _fit(key: str, value: Any, hint: Any) -> Any:
+    """`value` as the field's type; YAML reads 1e-4 as a string and 1 as an int."""
+    kinds = typing.get_args(hint) if isinstance(hint, types.UnionType) else (hint,)
+    if value is None:
+        if type(None) in kinds:
+            return None
+        raise ValueError(f"{key} must not be empty")
+    kind = next(typing.get_origin(k) or k for k in kinds if k is not type(None))
+    if kind is tuple and isinstance(value, (list, tuple)):
+        return tuple(value)
+    if kind is tuple and isinstance(value, str):
+        return tuple(part.strip() for part in value.split(","))
+    if kind is list and isinstance(value, (str, dict)):
+        return [value]
+    if kind is float and isinstance(value, (int, float, str)) and not isinstance(value, bool):
+        try:
+            return float(value)
+        except ValueError:
+            pass
+    elif kind is str and isinstance(value, (int, float)) and not isinstance(value, bool):
+        return str(value)
+    elif isinstance(value, kind) and not (kind is int and isinstance(value, bool)):
+        return value
+    raise ValueError(f"{key}: {value!r} is not {kind.__name__}")

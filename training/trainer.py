@@ -1,0 +1,176 @@
+"""transformers' `Trainer`, extended where EViP needs it: units as batches, weighted loss, whole checkpoints."""
+
+import logging
+import shutil
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch.nn import functional as F
+from torch.utils.data import DataLoader
+from transformers import Trainer, TrainerCallback
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
+
+from .data import IGNORED
+from .loading import Batches, Conversations, UnitBatches
+
+
+logger = logging.getLogger(__name__)
+
+
+def weighted_loss_sum(logits: torch.Tensor, labels: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
+    """Sum over positions of weight * cross-entropy of the next token, float32 [].
+
+    Args:
+        logits: [B, T, vocabulary]; labels: int64 [B, T], -100 where nothing is learnt; weights: float32 [B, T].
+    """
+    targets = labels[:, 1:]
+    losses = F.cross_entropy(
+        logits[:, :-1].float().flatten(0, 1), targets.flatten(), ignore_index=IGNORED, reduction="none"
+    )
+    return (losses * weights[:, 1:].flatten()).sum()
+
+
+class EViPTrainer(Trainer):
+    """A `Trainer` for one stage.
+
+    Batches come from `UnitBatches` as they are: each rank reads its own. Only parameters that train have gradients and
+    optimiser state (`train_only` froze the others before). The loss is the weighted mean over the whole step, all
+    micro-batches and ranks, so accumulation and the number of processes do not change it.
+
+    Args:
+        conversations, batches, micro_batches: data set, collator and sampler.
+        max_bad_share: the run fails when more of the samples read were bad.
+    """
+
+    def __init__(
+        self,
+        *args: Any,
+        conversations: Conversations,
+        batches: Batches,
+        micro_batches: UnitBatches,
+        max_bad_share: float = 0.01,
+        **kwargs: Any,
+    ):
+        self.micro_batches, self.max_bad_share = micro_batches, max_bad_share
+        self.samples_read, self.bad_samples, self.waited = 0, 0, 0.0
+        super().__init__(*args, train_dataset=conversations, data_collator=batches, **kwargs)
+        # The loss below divides by the step's weights itself.
+        self.model_accepts_loss_kwargs = True
+        # A dense language model, in the text stage, has no place for pixels.
+        self._takes_pixels = hasattr(self.accelerator.unwrap_model(self.model).config, "vision_config")
+
+    def get_train_dataloader(self) -> DataLoader:
+        workers = self.args.dataloader_num_workers
+        return DataLoader(
+            self.train_dataset,  # type: ignore[arg-type]
+            batch_sampler=self.micro_batches,
+            collate_fn=self.data_collator,
+            num_workers=workers,
+            prefetch_factor=self.args.dataloader_prefetch_factor if workers else None,
+            pin_memory=self.args.dataloader_pin_memory,
+            # Its own generator: starting the workers must not move the model's random state, or resuming would.
+            generator=torch.Generator().manual_seed(self.args.seed),
+        )
+
+    def get_batch_samples(self, epoch_iterator: Any, num_batches: int, device: torch.device) -> Any:
+        start = time.perf_counter()
+        samples, weights = super().get_batch_samples(epoch_iterator, num_batches, device)
+        self.waited += time.perf_counter() - start
+        for batch in samples:
+            bad = batch.pop("bad", ())
+            self.samples_read += int(batch.pop("samples"))
+            self.bad_samples += len(bad)
+            for message in bad:
+                logger.warning("left out: %s", message)
+        if self.bad_samples > max(self.max_bad_share * self.samples_read, self.max_bad_share * 100):
+            raise ValueError(
+                f"{self.bad_samples} of {self.samples_read} samples were bad, more than {self.max_bad_share:.1%}; "
+                "the log names them"
+            )
+        return samples, weights
+
+    def _get_num_items_in_batch(self, batch_samples: list, device: torch.device) -> torch.Tensor | None:  # type: ignore[override]
+        """The weights of all targets of the step, over its micro-batches and ranks."""
+        if not batch_samples:
+            return None
+        total = torch.stack([batch["loss_weights"].sum() for batch in batch_samples]).sum().to(device)
+        if self.args.world_size > 1:
+            total = self.accelerator.gather(total).sum()
+        return total.clamp(min=1e-6)
+
+    def compute_loss(
+        self,
+        model: torch.nn.Module,
+        inputs: dict[str, Any],
+        return_outputs: bool = False,
+        num_items_in_batch: torch.Tensor | int | None = None,
+    ) -> Any:
+        inputs = dict(inputs)
+        labels, weights = inputs.pop("labels"), inputs.pop("loss_weights")
+        if not self._takes_pixels:
+            inputs.pop("pixel_values", None)
+        outputs = model(**inputs, use_cache=False)
+        loss = weighted_loss_sum(outputs.logits, labels, weights)
+        loss = loss / (weights.sum().clamp(min=1e-6) if num_items_in_batch is None else num_items_in_batch)
+        if num_items_in_batch is not None:
+            # Gradients are averaged over the ranks, the total is of all of them.
+            loss = loss * self.accelerator.num_processes
+        return (loss, outputs) if return_outputs else loss
+
+    def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
+        if "loss" in logs:
+            logs["data_wait_s"] = round(self.waited, 3)
+            logs["bad_samples"] = self.bad_samples
+            self.waited = 0.0
+        super().log(logs, *args, **kwargs)
+
+    # ---- checkpoints: whole or not there
+
+    def _save_checkpoint(self, model: torch.nn.Module, trial: Any) -> None:
+        """Write to a temporary folder and rename it: a checkpoint is whole, or it is not there."""
+        runs = Path(self.args.output_dir)
+        name = f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}"
+        unfinished = runs / "unfinished"
+        limit, self.args.save_total_limit = self.args.save_total_limit, None
+        try:
+            if self.is_world_process_zero():
+                shutil.rmtree(unfinished, ignore_errors=True)
+            self.accelerator.wait_for_everyone()
+            self.args.output_dir = str(unfinished)
+            super()._save_checkpoint(model, trial)
+            self.accelerator.wait_for_everyone()
+            if self.is_world_process_zero():
+                shutil.rmtree(runs / name, ignore_errors=True)
+                (unfinished / name).rename(runs / name)
+                for old in checkpoints(runs)[: -limit if limit else None] if limit else []:
+                    shutil.rmtree(old)
+            self.accelerator.wait_for_everyone()
+        finally:
+            self.args.output_dir, self.args.save_total_limit = str(runs), limit
+            if self.is_world_process_zero():
+                shutil.rmtree(unfinished, ignore_errors=True)
+
+
+def checkpoints(runs: Path) -> list[Path]:
+    """Whole checkpoints, oldest first."""
+    found = [path for path in runs.glob(f"{PREFIX_CHECKPOINT_DIR}-*") if path.is_dir()]
+    return sorted(found, key=lambda path: int(path.name.rpartition("-")[2]))
+
+
+class Progress(TrainerCallback):
+    """One log line now and then; `write` gets it on the main process."""
+
+    def __init__(self, write: Callable[[str], None]):
+        self.write, self.start = write, time.monotonic()
+
+    def on_log(self, args, state, control, logs=None, **kwargs):  # type: ignore[no-untyped-def]
+        if state.is_world_process_zero and logs and "loss" in logs:
+            self.write(
+                f"step {state.global_step} of {state.max_steps}  loss {float(logs['loss']):.4f}  "
+                f"lr {float(logs['learning_rate']):.2e}  {time.monotonic() - self.start:.0f} s"
+            )
+
+
