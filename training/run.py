@@ -1,5 +1,6 @@
 """Runs a stage: recipe -> model, data, `EViPTrainer` -> a folder that `from_pretrained` loads."""
 
+import json
 import logging
 import math
 import os
@@ -106,6 +107,9 @@ def run_stage(
     trainer.train(resume_from_checkpoint=str(kept[-1]) if kept else None)
     if trainer.bad_samples:
         tell(f"{trainer.bad_samples} of {trainer.samples_read} samples were left out; the log names them")
+    if rank == 0:
+        # Beside the checkpoints: TensorBoard's files are for its own eyes.
+        write_json(folder / "log.json", trainer.state.log_history)
     _save(trainer, processor, stage, output)
     tell(f"finished: {output}")
     return output
@@ -335,6 +339,13 @@ def _has_tensorboard() -> bool:
     from importlib.util import find_spec
 
     return find_spec("tensorboard") is not None
+
+
+def write_json(path: Path, content: Any) -> None:
+    """Write to a temporary name beside `path`, then rename."""
+    temporary = path.with_name(path.name + ".tmp")
+    temporary.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
+    temporary.replace(path)
 
 
 def _save(trainer: EViPTrainer, processor: MonoInternVLProcessor, stage: Stage, output: Path) -> None:

@@ -126,7 +126,8 @@ class Stage:
 
 def recipe_names() -> list[str]:
     """Names of the recipes in this package."""
-    return sorted(path.relative_to(RECIPES).with_suffix("").as_posix() for path in RECIPES.rglob("*.yaml"))
+    paths = [path for path in RECIPES.rglob("*.yaml") if not path.name.startswith("_")]
+    return sorted(path.relative_to(RECIPES).with_suffix("").as_posix() for path in paths)
 
 
 def load_stage(recipe: str | Path, overrides: Mapping[str, Any] | None = None) -> Stage:
