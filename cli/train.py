@@ -15,7 +15,9 @@ def train(
     ] = None,
     runs: Annotated[Path, typer.Option(help="folder of checkpoints, logs and finished stages")] = Path("runs"),
     output: Annotated[Path | None, typer.Option(help="folder of the last model  [default: RUNS/RECIPE/model]")] = None,
-    resume: Annotated[bool, typer.Option("--resume", help="go on from the newest checkpoint; skip what is done")] = False,
+    resume: Annotated[
+        bool, typer.Option("--resume", help="go on from the newest checkpoint; skip finished recipes")
+    ] = False,
     show: Annotated[bool, typer.Option("--list", help="list the recipes and stop")] = False,
 ) -> None:
     """Train a stage; every key of a recipe can be given as an option, such as --steps 100.

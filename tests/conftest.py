@@ -5,8 +5,14 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file
+from transformers import AutoTokenizer
 
-from mono_internvl import MonoInternVLConfig, MonoInternVLForCausalLM
+from mono_internvl import (
+    MonoInternVLConfig,
+    MonoInternVLForCausalLM,
+    MonoInternVLImageProcessor,
+    MonoInternVLProcessor,
+)
 
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -64,3 +70,16 @@ def tiny_model(seed: int = 0, **overrides) -> MonoInternVLForCausalLM:
 @pytest.fixture
 def tiny():
     return tiny_model()
+
+
+@pytest.fixture(scope="session")
+def folder(tmp_path_factory) -> Path:
+    """A tiny random model with the nano's tokenizer and 56-px tiles."""
+    tokenizer = AutoTokenizer.from_pretrained(ROOT, trust_remote_code=False)
+    config = tiny_config(text_config={"vocab_size": len(tokenizer)})
+    config.image_token_id = tokenizer.convert_tokens_to_ids("<IMG_CONTEXT>")
+    torch.manual_seed(0)
+    folder = tmp_path_factory.mktemp("tiny")
+    MonoInternVLForCausalLM(config).save_pretrained(folder)
+    MonoInternVLProcessor(MonoInternVLImageProcessor(tile_size=56, max_tiles=4), tokenizer).save_pretrained(folder)
+    return folder

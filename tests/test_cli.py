@@ -10,7 +10,6 @@ from pathlib import Path
 import pytest
 import torch
 from PIL import Image, ImageDraw
-from transformers import AutoTokenizer
 from typer.testing import CliRunner
 
 from conftest import ROOT, tiny_config, tiny_model
@@ -47,19 +46,6 @@ def failure(*arguments, **kwargs) -> str:
     lines = result.stderr.splitlines()
     assert len(lines) == 1 and lines[0].startswith("error: "), result.stderr
     return lines[0]
-
-
-@pytest.fixture(scope="session")
-def folder(tmp_path_factory) -> Path:
-    """A tiny random model with the nano's tokenizer and 56-px tiles."""
-    tokenizer = AutoTokenizer.from_pretrained(ROOT, trust_remote_code=False)
-    config = tiny_config(text_config={"vocab_size": len(tokenizer)})
-    config.image_token_id = tokenizer.convert_tokens_to_ids("<IMG_CONTEXT>")
-    torch.manual_seed(0)
-    folder = tmp_path_factory.mktemp("tiny")
-    MonoInternVLForCausalLM(config).save_pretrained(folder)
-    MonoInternVLProcessor(MonoInternVLImageProcessor(tile_size=56, max_tiles=4), tokenizer).save_pretrained(folder)
-    return folder
 
 
 @pytest.fixture

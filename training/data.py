@@ -61,7 +61,10 @@ def picture_sizes(messages: Iterable[dict[str, Any]]) -> list[tuple[int, int]]:
             picture = part["image"]
             if isinstance(picture, str) and "://" not in picture:
                 with Image.open(picture) as opened:
-                    (width, height), turned = opened.size, opened.getexif().get(_EXIF_ORIENTATION) in _ON_ITS_SIDE
+                    width, height = opened.size
+                    # Pillow decodes a PNG to look for EXIF behind the pixels, where nobody writes it.
+                    has_exif = opened.format != "PNG" or "exif" in opened.info
+                    turned = has_exif and opened.getexif().get(_EXIF_ORIENTATION) in _ON_ITS_SIDE
                 sizes.append((height, width) if turned else (width, height))
             else:
                 sizes.append(load_image(picture).size)
@@ -110,7 +113,7 @@ class Collator:
 class PackCollator:
     """Joins the conversations of each pack into one row; packs of a batch are padded to the longest.
 
-    Returns `input_ids`, `labels`, `position_ids` int64 [packs, T], `loss_weights` float32 [packs, T] and `pixel_values`.
+    Returns `input_ids`, `labels`, `position_ids` int64 [packs, T], `loss_weights` float32 [packs, T], `pixel_values`.
     Padding is a sample of its own: its positions restart, and nothing is learnt from it.
     """
 

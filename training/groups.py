@@ -1,10 +1,10 @@
 """Parameter groups: what a stage names when it says what trains.
 
-    visual_embedding          patch and position embedding, and the MLP behind it
-    visual_experts            FFN_v of every layer (paper 2410.08202, eq. 4)
-    visual_attention_experts  the visual projections of attention (1.5)
-    attention                 the language model's q, k, v and o projections
-    text                      everything else of the language model: FFN_t, norms, token embedding, output head
+visual_embedding          patch and position embedding, and the MLP behind it
+visual_experts            FFN_v of every layer (paper 2410.08202, eq. 4)
+visual_attention_experts  the visual projections of attention (1.5)
+attention                 the language model's q, k, v and o projections
+text                      everything else of the language model: FFN_t, norms, token embedding, output head
 """
 
 from collections.abc import Collection, Iterable

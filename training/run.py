@@ -126,7 +126,8 @@ def describe(
     limit = processor.tokens_per_tile * (stage.max_tiles + (stage.max_tiles > 1))
     kind = "packs" if stage.packing else "samples"
     yield (
-        f"  {steps:,} steps of {stage.batch_size:,} {kind}, at most {stage.batch_size * stage.max_length:,} tokens a step "
+        f"  {steps:,} steps of {stage.batch_size:,} {kind}, "
+        f"at most {stage.batch_size * stage.max_length:,} tokens a step "
         f"({stage.max_length:,} a {kind[:-1]}, {limit:,} of a picture)"
     )
 
@@ -178,9 +179,7 @@ def _expanded(source: str, stage: Stage, folder: Path, rank: int) -> Path:
     if rank == 0 and not target.is_dir():
         options = dict(stage.expand or {})
         start = options.pop("start", None)
-        expand_checkpoint(
-            source, target, visual_attention_experts=stage.visual_attention_experts or "none", **options
-        )
+        expand_checkpoint(source, target, visual_attention_experts=stage.visual_attention_experts or "none", **options)
         if start:
             model = MonoInternVLForCausalLM.from_pretrained(target)
             start_vision(model, **start)
@@ -316,7 +315,7 @@ def _arguments(stage: Stage, folder: Path, steps: int, per_rank: int) -> Trainin
         max_grad_norm=stage.max_grad_norm,
         bf16=stage.bf16 and cuda,
         tf32=True if cuda else None,
-        gradient_checkpointing=stage.gradient_checkpointing,
+        **({"gradient_checkpointing": True} if stage.gradient_checkpointing else {}),
         gradient_checkpointing_kwargs={"use_reentrant": False} if stage.gradient_checkpointing else None,
         logging_steps=stage.log_steps,
         save_steps=stage.save_steps,
@@ -367,4 +366,3 @@ def _save(trainer: EViPTrainer, processor: MonoInternVLProcessor, stage: Stage, 
             shutil.rmtree(output)
         temporary.rename(output)
     trainer.accelerator.wait_for_everyone()
-

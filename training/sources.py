@@ -1,6 +1,6 @@
 """Where training conversations come from: every format becomes a sequence of `Record`s, read one at a time.
 
-    .json, .jsonl   LLaVA / InternVL records  {"id", "image": str | [str] | absent, "conversations": [{"from", "value"}]}
+    .json, .jsonl   LLaVA / InternVL records  {"id", "image": str | [str], "conversations": [{"from", "value"}]}
                     or chat records           {"messages": [{"role", "content"}], "images": [..]}
     .json           an InternVL meta file     {name: {"root", "annotation", "repeat_time", "max_dynamic_patch", ..}}
     a folder        a `datasets` data set saved with `save_to_disk`, with the columns of either kind of record
@@ -91,7 +91,7 @@ class FileRecords:
             if not isinstance(self._rows, list):
                 raise ValueError(f"{path}: expected a list of records, found {type(self._rows).__name__}")
         else:
-            raise ValueError(f"{path}: unknown kind of data file; allowed are .json, .jsonl and a saved data set's folder")
+            raise ValueError(f"{path}: unknown kind of data; allowed are .json, .jsonl and a saved data set's folder")
         if not len(self):
             raise ValueError(f"{path} holds no record")
 
@@ -154,6 +154,9 @@ def open_sources(specs: Sequence[Any]) -> list[Source]:
 def read_messages(row: Mapping[str, Any], root: Path, where: str) -> list[dict[str, Any]]:
     """A record of either kind as chat messages.
 
+    As the released training code reads them: texts are stripped, and an answer in front of the first question is
+    dropped.
+
     Raises:
         BadSample: it is of neither kind, or its `<image>` marks and pictures differ in number.
     """
@@ -177,7 +180,9 @@ def read_messages(row: Mapping[str, Any], root: Path, where: str) -> list[dict[s
             marks += text.count("<image>") if ROLES[who] == "user" else 0
         else:
             raise BadSample(f"{where}: a turn of {who} has no text")
-        messages.append({"role": ROLES[who], "content": text})
+        messages.append({"role": ROLES[who], "content": text.strip()})
+    if messages[0]["role"] == "assistant":
+        messages = messages[1:]
     if marks == 0 and pictures:
         # Without a mark pictures come first, as in `chat`.
         first = next((message for message in messages if message["role"] == "user"), None)
@@ -244,5 +249,3 @@ def _meta_entries(path: Path) -> dict[str, dict] | None:
 def _beside(meta: Path, path: str) -> Path:
     """Meta files name paths from where training runs, or from where they lie."""
     return Path(path) if Path(path).exists() or Path(path).is_absolute() else meta.parent / path
-
-

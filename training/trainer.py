@@ -172,5 +172,3 @@ class Progress(TrainerCallback):
                 f"step {state.global_step} of {state.max_steps}  loss {float(logs['loss']):.4f}  "
                 f"lr {float(logs['learning_rate']):.2e}  {time.monotonic() - self.start:.0f} s"
             )
-
-

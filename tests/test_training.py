@@ -1,0 +1,674 @@
+"""EViP's machinery: recipes, groups, sources, packing, loss, resuming, and several processes."""
+
+import json
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+from PIL import Image, ImageDraw
+from safetensors.torch import load_file
+
+from conftest import ROOT, load_golden, tiny_model
+from mono_internvl import MonoInternVLForCausalLM, MonoInternVLProcessor
+from mono_internvl.training.data import Collator, PackCollator, encode_conversation, picture_sizes, target_weights
+from mono_internvl.training.groups import GROUPS, count_parameters, group_of, grouped_parameters, linear_modules
+from mono_internvl.training.loading import (
+    Batches,
+    Conversations,
+    Key,
+    UnitBatches,
+    mixture,
+    one_pass,
+    pack_first_fit_decreasing,
+)
+from mono_internvl.training.plate_tasks import TASKS, PlateWorld
+from mono_internvl.training.run import run_stage
+from mono_internvl.training.sources import BadSample, FileRecords, Source, open_sources
+from mono_internvl.training.stages import load_stage, recipe_names
+from mono_internvl.training.trainer import checkpoints, weighted_loss_sum
+
+
+@pytest.fixture(scope="module")
+def processor(folder) -> MonoInternVLProcessor:
+    return MonoInternVLProcessor.from_pretrained(folder)
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory) -> Path:
+    """24 records: pictures of three sizes, two pictures, none."""
+    root = tmp_path_factory.mktemp("data")
+    rng = random.Random(0)
+    rows = []
+    for number in range(24):
+        names = []
+        for k in range((1, 1, 0, 2)[number % 4]):
+            image = Image.new("RGB", rng.choice([(60, 60), (120, 60), (50, 170)]), "white")
+            ImageDraw.Draw(image).ellipse((5, 5, 45, 45), fill=rng.choice(["red", "blue", "green"]))
+            names.append(f"{number}-{k}.png")
+            image.save(root / names[-1])
+        turns = [
+            {"from": "human", "value": "What color is the circle?" * rng.randint(1, 3)},
+            {"from": "gpt", "value": rng.choice(["red", "blue", "a green circle and a star"])},
+        ]
+        row = {"id": number, "conversations": turns * rng.randint(1, 2)}
+        if names:
+            row["image"] = names if len(names) > 1 else names[0]
+        rows.append(row)
+    (root / "train.jsonl").write_text("\n".join(json.dumps(row) for row in rows) + "\n")
+    (root / "train.json").write_text(json.dumps(rows))
+    return root
+
+
+def recipe(tmp_path: Path, folder: Path, records: Path, **changes) -> Path:
+    content = {
+        "model": str(folder),
+        "data": [str(records / "train.jsonl")],
+        "trains": ["visual_embedding", "visual_experts"],
+        "max_tiles": 4,
+        "max_length": 160,
+        "steps": 4,
+        "batch_size": 4,
+        "learning_rate": 1e-3,
+        "bf16": False,
+        "gradient_checkpointing": False,
+        "workers": 0,
+        "log_steps": 1,
+        **changes,
+    }
+    path = tmp_path / "stage.yaml"
+    path.write_text(yaml.safe_dump(content))
+    return path
+
+
+def losses(runs: Path, name: str = "stage") -> list[float]:
+    return [entry["loss"] for entry in json.loads((runs / name / "log.json").read_text()) if "loss" in entry]
+
+
+def error_of(call, *args, kind=ValueError, **kwargs) -> str:
+    with pytest.raises(kind) as caught:
+        call(*args, **kwargs)
+    return str(caught.value)
+
+
+# ------------------------------------------------------------------------------------------------------------- recipes
+
+
+def test_every_recipe_loads_and_the_released_numbers_stand_in_them():
+    stages = {name: load_stage(name) for name in recipe_names()}
+    assert {name.split("/")[0] for name in stages} == {"mono-internvl-2b", "mono-internvl-1.5-2b", "nano"}
+    rows = {
+        # max tiles, length, rate, schedule, steps, warm-up, batch, accumulation (paper 2410.08202, table 8)
+        "s1_1_concept": (4, 1425, 1e-4, "constant_with_warmup", 450_000, 100, 2048, 1),
+        "s1_2_semantic": (6, 1925, 1e-4, "constant_with_warmup", 126_000, 100, 2048, 1),
+        "s1_3_alignment": (12, 4096, 5e-5, "cosine", 70_000, 100, 2048, 1),
+        "s2_instruction": (24, 8192, 2e-5, "cosine", 14_000, 420, 1024, 4),
+    }
+    for name, row in rows.items():
+        s = stages[f"mono-internvl-2b/{name}"]
+        assert row == (
+            s.max_tiles,
+            s.max_length,
+            s.learning_rate,
+            s.schedule,
+            s.steps,
+            s.warmup,
+            s.batch_size,
+            s.accumulation,
+        )
+        assert (s.weight_decay, s.drop_path, s.adam_beta2, s.bf16) == (0.01, 0.1, 0.999, True)
+    assert stages["mono-internvl-2b/s1_1_concept"].trains == ("visual_embedding", "visual_experts")
+    assert "attention" in stages["mono-internvl-2b/s1_3_alignment"].trains
+    assert "attention" not in stages["mono-internvl-1.5-2b/s1_3_alignment"].trains
+    assert set(stages["mono-internvl-2b/s2_instruction"].trains) == set(GROUPS) - {"visual_attention_experts"}
+
+
+@pytest.mark.parametrize(
+    ("overrides", "words"),
+    [
+        ({"learning_rat": 1}, ("learning_rat", "did you mean learning_rate?")),
+        ({"trains": "visual_expert"}, ("visual_expert", "did you mean visual_experts?")),
+        ({"schedule": "cosin"}, ("schedule", "cosine")),
+        ({"steps": "many"}, ("steps", "many", "int")),
+        ({"steps": 0}, ("steps", "positive")),
+        ({"batch_size": 10, "accumulation": 4}, ("batch_size", "10", "4")),
+        ({"data": "[]"}, ("data",)),
+    ],
+)
+def test_a_recipe_with_a_mistake_says_which(overrides, words):
+    message = error_of(load_stage, "nano/s1_1_concept", overrides)
+    assert "nano/s1_1_concept" in message and all(word in message for word in words), message
+
+
+def test_an_unknown_recipe_names_the_closest():
+    assert "did you mean nano/text?" in error_of(load_stage, "nano/txt", kind=FileNotFoundError)
+
+
+def test_overrides_are_read_as_yaml_and_lengths_replace_each_other():
+    stage = load_stage("nano/text", {"learning-rate": "1e-4", "trains": "text,attention", "max_length": "512"})
+    assert (stage.learning_rate, stage.trains, stage.max_length) == (1e-4, ("text", "attention"), 512)
+    assert load_stage("nano/text", {"epochs": "2"}).steps is None
+
+
+# -------------------------------------------------------------------------------------------------------------- groups
+
+
+def test_groups_cover_every_parameter_once():
+    model = tiny_model(text_config={"visual_attention_experts": "qkvo"})
+    groups = grouped_parameters(model)
+    assert tuple(groups) == GROUPS
+    found = [id(p) for parameters in groups.values() for p in parameters]
+    assert len(found) == len(set(found)) == len(list(model.parameters()))
+    assert group_of("model.language_model.layers.0.self_attn.visual_q_proj.weight") == "visual_attention_experts"
+    assert group_of("model.language_model.layers.0.input_layernorm.weight") == "text"
+    names = linear_modules(model, ["attention"])
+    assert len(names) == 3 * 4 and all(name.endswith(("q_proj", "k_proj", "v_proj", "o_proj")) for name in names)
+
+
+def test_a_group_that_the_model_lacks_is_an_error(tmp_path, folder, data):
+    path = recipe(tmp_path, folder, data, trains=["visual_attention_experts"])
+    assert "no visual_attention_experts" in error_of(run_stage, path, runs=tmp_path / "runs")
+
+
+# ------------------------------------------------------------------------------------------------------------- sources
+
+
+def test_every_kind_of_file_gives_the_same_records(tmp_path, data):
+    import datasets
+
+    rows = json.loads((data / "train.json").read_text())
+    images = [[row["image"]] if isinstance(row.get("image"), str) else row.get("image", []) for row in rows]
+    table = datasets.Dataset.from_dict(
+        {"id": [row["id"] for row in rows], "conversations": [r["conversations"] for r in rows], "image": images}
+    )
+    table.save_to_disk(tmp_path / "saved")
+    roles = {"human": "user", "gpt": "assistant"}
+    chats = [
+        {
+            "id": row["id"],
+            "messages": [{"role": roles[t["from"]], "content": t["value"]} for t in row["conversations"]],
+            "images": found,
+        }
+        for row, found in zip(rows, images, strict=True)
+    ]
+    (tmp_path / "chats.jsonl").write_text("\n".join(map(json.dumps, chats)))
+    meta = {"one": {"root": str(data), "annotation": str(data / "train.jsonl"), "repeat_time": 2, "length": 24}}
+    (tmp_path / "meta.json").write_text(json.dumps(meta))
+    (from_meta,) = open_sources([tmp_path / "meta.json"])
+    assert from_meta.repeat == 2
+    kinds = [
+        FileRecords(data / "train.jsonl"),
+        FileRecords(data / "train.json"),
+        FileRecords(tmp_path / "saved", root=data),
+        FileRecords(tmp_path / "chats.jsonl", root=data),
+        from_meta.records,
+    ]
+    for records in kinds:
+        assert len(records) == 24
+        assert [records[i].messages for i in range(24)] == [kinds[0][i].messages for i in range(24)], records.name
+    assert kinds[0][3].where.endswith("line 4 (id 3)")
+    parts = kinds[0][3].messages[0]["content"]
+    assert [part.get("text") for part in parts[:3]] == ["Image-1: ", None, "\nImage-2: "]
+
+
+@pytest.mark.parametrize(
+    ("row", "words"),
+    [
+        ("{", ("line 1", "not JSON")),
+        ('{"id": 5}', ("line 1", "id 5", "no conversations")),
+        ('{"conversations": [{"from": "robot", "value": "x"}]}', ("line 1", "robot", "human")),
+        (
+            '{"image": ["a.png"], "conversations": [{"from": "human", "value": "<image><image>?"}]}',
+            ("line 1", "2 <image> marks", "1 pictures"),
+        ),
+        (
+            '{"image": "gone.png", "conversations": [{"from": "human", "value": "?"}, {"from": "gpt", "value": "a"}]}',
+            ("line 1", "gone.png"),
+        ),
+        ('{"conversations": [{"from": "human", "value": "?"}]}', ("line 1", "no answer to learn")),
+        (
+            json.dumps({"conversations": [{"from": "human", "value": "a " * 90}, {"from": "gpt", "value": "b"}]}),
+            ("line 1", "at most 80", "max_length"),
+        ),
+    ],
+)
+def test_a_bad_sample_is_an_error_that_names_it(tmp_path, processor, row, words):
+    path = tmp_path / "bad.jsonl"
+    path.write_text(row + "\n")
+    conversations = Conversations(open_sources([path]), processor, max_tiles=4, max_length=80)
+    message = error_of(conversations.__getitem__, Key(0, 0), kind=BadSample)
+    assert str(path) in message and all(word in message for word in words), message
+
+
+def test_a_truncated_picture_is_an_error_that_names_it(tmp_path, processor, data):
+    (tmp_path / "cut.png").write_bytes((data / "0-0.png").read_bytes()[:60])
+    row = {"image": "cut.png", "conversations": [{"from": "human", "value": "?"}, {"from": "gpt", "value": "a"}]}
+    (tmp_path / "cut.jsonl").write_text(json.dumps(row))
+    conversations = Conversations(open_sources([tmp_path / "cut.jsonl"]), processor, max_tiles=4, max_length=80)
+    message = error_of(conversations.__getitem__, Key(0, 0), kind=BadSample)
+    assert "cut.jsonl, line 1" in message and "cut.png" in message
+
+
+@pytest.mark.parametrize(
+    ("meta", "words"),
+    [
+        ({"a": {"root": ".", "annotation": "gone.jsonl"}}, ("gone.jsonl",)),
+        ({"a": {"annotation": "x.jsonl"}}, ("'a'", "root")),
+        ({"a": {"root": "no-such-folder", "annotation": "x.jsonl"}}, ("no-such-folder",)),
+        ({"a": {"root": ".", "annotation": "x.jsonl", "length": 7}}, ("declares 7", "1")),
+        ({"a": {"root": ".", "annotation": "empty.jsonl"}}, ("empty.jsonl", "no record")),
+    ],
+)
+def test_a_meta_file_with_a_mistake_says_which(tmp_path, meta, words):
+    (tmp_path / "x.jsonl").write_text('{"conversations": []}\n')
+    (tmp_path / "empty.jsonl").write_text("\n")
+    (tmp_path / "meta.json").write_text(json.dumps(meta))
+    message = error_of(open_sources, [tmp_path / "meta.json"], kind=(ValueError, OSError))
+    assert all(word in message for word in words), message
+
+
+def test_mixtures_follow_weights_and_shuffle_each_pass(data):
+    records = FileRecords(data / "train.jsonl")
+    keys = mixture([Source(records, weight=3.0), Source(records, weight=1.0)], seed=0)
+    drawn = [next(keys) for _ in range(960)]
+    assert 0.7 < sum(key.source == 0 for key in drawn) / 960 < 0.8
+    first = [key.index for key in drawn if key.source == 0]
+    assert sorted(first[:24]) == sorted(first[24:48]) == list(range(24)) and first[:24] != first[24:48]
+    again = mixture([Source(records, weight=3.0), Source(records, weight=1.0)], seed=0)
+    assert [next(again) for _ in range(960)] == drawn
+    counts = [0] * 24
+    for key in one_pass([Source(records, repeat=1.5)], 2, seed=1):
+        counts[key.index] += 1
+    assert counts == [3] * 24
+    assert "weight" in error_of(lambda: next(mixture([Source(records, weight=1.0), Source(records)], 0)))
+
+
+# ------------------------------------------------------------------------------------------------------------- packing
+
+
+def test_first_fit_decreasing():
+    assert pack_first_fit_decreasing([4, 8, 1, 4, 2, 1], 10) == [[1, 4], [0, 3, 2, 5]]
+    rng = random.Random(0)
+    lengths = [rng.randint(1, 100) for _ in range(300)]
+    packs = pack_first_fit_decreasing(lengths, 100)
+    assert sorted(i for pack in packs for i in pack) == list(range(300))
+    assert max(sum(lengths[i] for i in pack) for pack in packs) <= 100
+    # FFD is at most 11/9 of the best, and the best is at least the tokens over the size.
+    assert len(packs) <= 11 / 9 * (sum(lengths) / 100) + 1
+
+
+def test_lengths_are_known_without_pixels(processor, data, monkeypatch):
+    conversations = Conversations(open_sources([data / "train.jsonl"]), processor, max_tiles=4, max_length=400)
+    for index in range(24):
+        assert conversations.length_of(Key(0, index)) == len(conversations[Key(0, index)][1]["input_ids"])
+    monkeypatch.setattr(Image.Image, "load", lambda *_: pytest.fail("a picture was decoded"))
+    assert picture_sizes(conversations.sources[0].records[0].messages)
+
+
+def test_a_picture_turned_by_exif_has_the_length_it_is_seen_with(tmp_path, processor):
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    Image.new("RGB", (300, 60), "white").save(tmp_path / "turned.jpg", exif=exif)
+    row = {"image": "turned.jpg", "conversations": [{"from": "human", "value": "?"}, {"from": "gpt", "value": "a"}]}
+    (tmp_path / "x.jsonl").write_text(json.dumps(row))
+    conversations = Conversations(open_sources([tmp_path / "x.jsonl"]), processor, max_tiles=3, max_length=400)
+    assert picture_sizes(conversations.sources[0].records[0].messages) == [(60, 300)]
+    assert conversations.length_of(Key(0, 0)) == len(conversations[Key(0, 0)][1]["input_ids"])
+
+
+@pytest.mark.parametrize("attention", ["eager", "sdpa", "flex_attention"])
+@pytest.mark.parametrize("weighting", ["token", "sample", "square"])
+def test_packed_loss_and_gradients_equal_unpacked(folder, processor, data, attention, weighting):
+    if attention == "flex_attention" and weighting != "token":
+        pytest.skip("one flex run is enough")
+    sources = open_sources([data / "train.jsonl"])
+    conversations = Conversations(sources, processor, max_tiles=4, max_length=400)
+    examples = [conversations[Key(0, index)][1] for index in range(8)]
+    packed = PackCollator(2, weighting)([examples[:5], examples[5:]])
+    padded = Collator(2, weighting)(examples)
+    results = []
+    for batch in (packed, padded):
+        model = MonoInternVLForCausalLM.from_pretrained(folder, attn_implementation=attention).train()
+        labels, weights = batch.pop("labels"), batch.pop("loss_weights")
+        loss = weighted_loss_sum(model(**batch, use_cache=False).logits, labels, weights) / weights.sum()
+        loss.backward()
+        results.append((loss.detach(), {n: p.grad for n, p in model.named_parameters()}))
+    (loss_a, grads_a), (loss_b, grads_b) = results
+    torch.testing.assert_close(loss_a, loss_b, atol=1e-5, rtol=0)
+    for name in grads_a:
+        torch.testing.assert_close(grads_a[name], grads_b[name], atol=1e-5, rtol=1e-4, msg=name)
+
+
+def test_a_sample_does_not_see_its_pack(folder, processor, data):
+    conversations = Conversations(open_sources([data / "train.jsonl"]), processor, max_tiles=4, max_length=400)
+    first, second, other = (conversations[Key(0, index)][1] for index in (0, 1, 5))
+    model = MonoInternVLForCausalLM.from_pretrained(folder).eval()
+
+    def logits(pack):
+        batch = PackCollator(2)([pack])
+        for name in ("labels", "loss_weights"):
+            batch.pop(name)
+        with torch.no_grad():
+            return model(**batch, use_cache=False).logits[0]
+
+    length = len(second["input_ids"])
+    a = logits([first, second])[-length:]
+    b = logits([other, second])[-length:]
+    torch.testing.assert_close(a, b, atol=1e-5, rtol=1e-5)
+
+
+def test_weights_of_targets():
+    labels = torch.tensor([7, -100, 5, 6, 7, 8])
+    assert target_weights(labels, "token").tolist() == [0, 0, 1, 1, 1, 1]
+    assert target_weights(labels, "sample").tolist() == [0, 0, 0.25, 0.25, 0.25, 0.25]
+    assert target_weights(labels, "square").tolist() == [0, 0, 0.5, 0.5, 0.5, 0.5]
+
+
+def test_the_loss_is_the_golden_loss(variant_a):
+    case = load_golden("variant_a", "case_train.safetensors")
+    inputs = {name: case[name] for name in ("input_ids", "attention_mask", "position_ids")}
+    # The dummy tile of the text-only row belongs to no placeholder.
+    inputs["pixel_values"] = case["pixel_values"][case["image_flags"].bool()]
+    with torch.no_grad():
+        logits = variant_a(**inputs).logits
+    weights = torch.stack([target_weights(row, "token") for row in case["labels"]])
+    loss = weighted_loss_sum(logits, case["labels"], weights) / weights.sum()
+    torch.testing.assert_close(loss, case["loss"][0], atol=1e-4, rtol=1e-4)
+
+
+# -------------------------------------------------------------------------------------------------------------- a stage
+
+
+def test_a_stage_trains_only_what_it_names(tmp_path, folder, data):
+    lines: list[str] = []
+    out = run_stage(recipe(tmp_path, folder, data), runs=tmp_path / "runs", write=lines.append)
+    before, after = load_file(folder / "model.safetensors"), load_file(out / "model.safetensors")
+    changed = {group_of(name) for name in before if not torch.equal(before[name], after[name])}
+    assert changed == {"visual_embedding", "visual_experts"}
+    assert any("text" in line and "frozen" in line for line in lines)
+    assert any("4 steps of 4 packs, at most 640 tokens a step" in line for line in lines)
+    (state,) = (tmp_path / "runs" / "stage").glob("checkpoint-4/optimizer.pt")
+    trained = count_parameters(MonoInternVLForCausalLM.from_pretrained(out))
+    moments = torch.load(state, weights_only=True)["state"].values()
+    numbers = sum(entry["exp_avg"].numel() for entry in moments)
+    assert numbers == trained["visual_embedding"][1] + trained["visual_experts"][1]
+    # What is saved answers.
+    model = MonoInternVLForCausalLM.from_pretrained(out)
+    assert isinstance(model.chat(Image.new("RGB", (60, 60)), "Hi", max_new_tokens=3), str)
+    assert MonoInternVLForCausalLM.from_pretrained(tmp_path / "runs" / "stage" / "checkpoint-4")
+
+
+def test_text_logits_stay_bit_identical_while_text_is_frozen(tmp_path, folder, data):
+    out = run_stage(recipe(tmp_path, folder, data), runs=tmp_path / "runs")
+    ids = torch.randint(3, 700, (2, 40), generator=torch.Generator().manual_seed(0))
+    a, b = (MonoInternVLForCausalLM.from_pretrained(path).eval() for path in (folder, out))
+    with torch.no_grad():
+        assert torch.equal(a(ids).logits, b(ids).logits)
+    messages = [{"role": "user", "content": [{"type": "image", "image": Image.new("RGB", (60, 60), "red")}]}]
+    processor = MonoInternVLProcessor.from_pretrained(folder)
+    inputs = processor.apply_chat_template(messages, tokenize=True, return_dict=True, return_tensors="pt")
+    with torch.no_grad():
+        assert not torch.equal(a(**inputs).logits, b(**inputs).logits)
+
+
+def test_accumulation_does_not_change_the_curve(tmp_path, folder, data):
+    curves = []
+    for accumulation in (1, 2):
+        runs = tmp_path / f"runs{accumulation}"
+        run_stage(recipe(tmp_path, folder, data, accumulation=accumulation), runs=runs)
+        curves.append(torch.tensor(losses(runs)))
+    torch.testing.assert_close(*curves, atol=1e-5, rtol=0)
+
+
+def test_epochs_count_what_is_there(tmp_path, folder, data):
+    path = recipe(tmp_path, folder, data, steps=None, epochs=1, packing=False, batch_size=5, max_length=400)
+    run_stage(path, runs=tmp_path / "runs")
+    assert len(losses(tmp_path / "runs")) == 24 // 5
+
+
+def test_lora_trains_saves_and_merges(tmp_path, folder, data):
+    peft = pytest.importorskip("peft")
+    path = recipe(tmp_path, folder, data, trains=[], lora={"groups": ["attention", "text"], "r": 4}, learning_rate=0.01)
+    out = run_stage(path, runs=tmp_path / "runs")
+    base = MonoInternVLForCausalLM.from_pretrained(folder).eval()
+    ids = torch.randint(3, 700, (1, 12), generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        plain = base(ids).logits
+        adapted = peft.PeftModel.from_pretrained(base, out).eval()
+        logits = adapted(ids).logits
+        assert not torch.allclose(logits, plain, atol=1e-3)
+        torch.testing.assert_close(adapted.merge_and_unload()(ids).logits, logits, atol=1e-5, rtol=1e-5)
+
+
+def test_bad_samples_are_skipped_on_request_and_too_many_fail(tmp_path, folder, data, caplog):
+    rows = (data / "train.jsonl").read_text().splitlines()
+    broken = json.dumps({"id": "x", "image": "gone.png", "conversations": json.loads(rows[0])["conversations"]})
+    (tmp_path / "mixed.jsonl").write_text("\n".join([*rows, broken]))
+    for number in range(24):
+        for picture in data.glob(f"{number}-*.png"):
+            (tmp_path / picture.name).write_bytes(picture.read_bytes())
+    common = {"data": [str(tmp_path / "mixed.jsonl")], "packing": False, "max_length": 400, "steps": 7}
+    path = recipe(tmp_path, folder, data, **common)
+    message = error_of(run_stage, path, runs=tmp_path / "a", kind=BadSample)
+    assert "mixed.jsonl, line 25 (id x)" in message and "gone.png" in message
+    path = recipe(tmp_path, folder, data, **common, on_bad_sample="skip", max_bad_share=0.05)
+    lines: list[str] = []
+    run_stage(path, runs=tmp_path / "b", write=lines.append)
+    assert any("1 of 28 samples were left out" in line for line in lines)
+    assert "line 25 (id x)" in caplog.text
+    (tmp_path / "mixed.jsonl").write_text("\n".join([broken] * 3))
+    assert "were bad" in error_of(run_stage, path, runs=tmp_path / "c")
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"max_length": 10}, ("max_length", "10")),
+        ({"batch_size": 400, "steps": None, "epochs": 1}, ("no batch of 400",)),
+        ({"model": "nano/text"}, ("nano/text", "has not been trained")),
+        ({"data": ["gone.jsonl"]}, ("gone.jsonl",)),
+        ({"data": [{"plate_world": "tex"}]}, ("'tex'", "noisy_captions")),
+        ({"lora": {"groups": ["text"], "rank": 3}, "trains": []}, ("lora", "alpha")),
+    ],
+)
+def test_a_stage_that_cannot_run_says_why(tmp_path, folder, data, changes, words):
+    message = error_of(
+        run_stage, recipe(tmp_path, folder, data, **changes), runs=tmp_path / "runs", kind=(ValueError, OSError)
+    )
+    assert all(word in message for word in words), message
+
+
+# ------------------------------------------------------------------------------------------------------------ resuming
+
+
+def test_killed_and_resumed_gives_the_same_losses_and_weights(tmp_path, folder, data):
+    path = recipe(
+        tmp_path, folder, data, steps=12, save_steps=2, keep_checkpoints=3, batch_size=2, schedule="cosine", workers=1
+    )
+    whole = run_stage(path, runs=tmp_path / "whole")
+    command = [
+        sys.executable,
+        "-m",
+        "mono_internvl",
+        "train",
+        str(path),
+        "--runs",
+        str(tmp_path / "killed"),
+        "--resume",
+    ]
+    environment = {**os.environ, "OMP_NUM_THREADS": str(torch.get_num_threads())}
+    runs = tmp_path / "killed" / "stage"
+    process = subprocess.Popen(command, env=environment, stderr=subprocess.DEVNULL, stdout=subprocess.DEVNULL)
+    deadline = time.monotonic() + 120
+    while len(checkpoints(runs)) < 2 and time.monotonic() < deadline and process.poll() is None:
+        time.sleep(0.01)
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    assert checkpoints(runs), "nothing was saved before the deadline"
+    # A kill in the middle of saving leaves this behind; it must not be taken for a checkpoint.
+    (runs / "unfinished" / "checkpoint-99").mkdir(parents=True, exist_ok=True)
+    resumed = run_stage(path, runs=tmp_path / "killed", resume=True)
+    assert losses(tmp_path / "killed") == losses(tmp_path / "whole")
+    a, b = load_file(whole / "model.safetensors"), load_file(resumed / "model.safetensors")
+    assert all(torch.equal(a[name], b[name]) for name in a)
+    assert "pass --resume" in error_of(run_stage, path, runs=tmp_path / "killed")
+
+
+def test_a_full_disk_leaves_the_checkpoint_before(tmp_path, folder, data, monkeypatch):
+    from mono_internvl.training.trainer import EViPTrainer
+
+    saved = EViPTrainer._save_rng_state
+
+    def full(self, output_dir):
+        if self.state.global_step > 2:
+            raise OSError(28, "No space left on device")
+        saved(self, output_dir)
+
+    monkeypatch.setattr(EViPTrainer, "_save_rng_state", full)
+    path = recipe(tmp_path, folder, data, save_steps=2)
+    with pytest.raises(OSError, match="No space left"):
+        run_stage(path, runs=tmp_path / "runs")
+    (kept,) = checkpoints(tmp_path / "runs" / "stage")
+    assert kept.name == "checkpoint-2" and (kept / "optimizer.pt").exists()
+    assert not (tmp_path / "runs" / "stage" / "unfinished").exists()
+
+
+# --------------------------------------------------------------------------------------------------- several processes
+
+_FSDP = """
+import sys, torch, torch.distributed as dist
+from torch.distributed.fsdp import fully_shard
+from torch.distributed.tensor import DTensor
+from mono_internvl import MonoInternVLForCausalLM
+from mono_internvl.training.groups import train_only
+from mono_internvl.training.trainer import weighted_loss_sum
+folder, batches, out = sys.argv[1:]
+dist.init_process_group("gloo")
+rank, world = dist.get_rank(), dist.get_world_size()
+model = MonoInternVLForCausalLM.from_pretrained(folder).train()
+train_only(model, ["visual_embedding", "visual_experts", "attention"])
+for layer in model.model.language_model.layers:
+    fully_shard(layer)
+fully_shard(model)
+assert all(isinstance(p, DTensor) for p in model.parameters())
+optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-3)
+losses = []
+for step in torch.load(batches):
+    total = sum(batch["loss_weights"].sum() for batch in step)
+    batch = dict(step[rank])
+    labels, weights = batch.pop("labels"), batch.pop("loss_weights")
+    loss = weighted_loss_sum(model(**batch, use_cache=False).logits, labels, weights) / total
+    (loss * world).backward()
+    optimizer.step(); optimizer.zero_grad()
+    loss = loss.detach(); dist.all_reduce(loss)
+    losses.append(float(loss))
+if rank == 0:
+    torch.save(losses, out)
+dist.destroy_process_group()
+"""
+
+
+def torchrun(*arguments: str) -> subprocess.CompletedProcess:
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", *arguments]
+    return subprocess.run(
+        command, env={**os.environ, "OMP_NUM_THREADS": "1"}, capture_output=True, text=True, timeout=300
+    )
+
+
+def test_two_ddp_processes_give_the_curve_of_one(tmp_path, folder, data):
+    """Units alternate between a picture and none, so that one rank sees only text."""
+    rows = [json.loads(line) for line in (data / "train.jsonl").read_text().splitlines()]
+    with_picture = [row for row in rows if isinstance(row.get("image"), str)]
+    without = [row for row in rows if "image" not in row]
+    for name, chosen in (("pictures", with_picture), ("text", without)):
+        (data / f"{name}.jsonl").write_text("\n".join(map(json.dumps, chosen)))
+    changes = {"packing": False, "batch_size": 2, "steps": 6, "max_length": 400}
+    path = recipe(tmp_path, folder, data, data=[str(data / "text.jsonl"), str(data / "pictures.jsonl")], **changes)
+    stage = load_stage(path)
+    order = mixture(open_sources(stage.data), stage.seed)
+    firsts = [next(order).source for _ in range(12)]
+    assert any(a != b for a, b in zip(firsts[::2], firsts[1::2], strict=True)), "no step has a rank with text alone"
+    run_stage(path, runs=tmp_path / "one")
+    done = torchrun("-m", "mono_internvl", "train", str(path), "--runs", str(tmp_path / "two"))
+    assert done.returncode == 0, done.stderr[-2000:]
+    torch.testing.assert_close(
+        torch.tensor(losses(tmp_path / "two")), torch.tensor(losses(tmp_path / "one")), atol=1e-5, rtol=0
+    )
+
+
+def test_two_fsdp2_processes_give_the_curve_of_one(tmp_path, folder, processor, data):
+    conversations = Conversations(open_sources([data / "train.jsonl"]), processor, max_tiles=4, max_length=400)
+    collate = Collator(2, "token")
+    # Rank 0 has pictures; rank 1 only text (records 2, 6, ...).
+    steps = [
+        [collate([conversations[Key(0, 4 * k)][1]]), collate([conversations[Key(0, 4 * k + 2)][1]])] for k in range(4)
+    ]
+    assert all(step[1]["pixel_values"].shape[0] == 0 < step[0]["pixel_values"].shape[0] for step in steps)
+    torch.save(steps, tmp_path / "steps.pt")
+    (tmp_path / "fsdp.py").write_text(_FSDP)
+    done = torchrun(str(tmp_path / "fsdp.py"), str(folder), str(tmp_path / "steps.pt"), str(tmp_path / "losses.pt"))
+    assert done.returncode == 0, done.stderr[-2000:]
+
+    from mono_internvl.training.groups import train_only
+
+    model = MonoInternVLForCausalLM.from_pretrained(folder).train()
+    train_only(model, ["visual_embedding", "visual_experts", "attention"])
+    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-3)
+    single = []
+    for step in steps:
+        total, loss = sum(batch["loss_weights"].sum() for batch in step), torch.zeros(())
+        for batch in step:
+            inputs = {n: v for n, v in batch.items() if n not in ("labels", "loss_weights")}
+            loss = loss + weighted_loss_sum(model(**inputs).logits, batch["labels"], batch["loss_weights"]) / total
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        single.append(float(loss))
+    torch.testing.assert_close(
+        torch.tensor(torch.load(tmp_path / "losses.pt")), torch.tensor(single), atol=1e-5, rtol=0
+    )
+
+
+# --------------------------------------------------------------------------------------------------------- plate world
+
+
+@pytest.mark.parametrize("task", TASKS)
+def test_plate_tasks_are_the_same_for_any_worker_and_can_be_encoded(task):
+    processor = MonoInternVLProcessor.from_pretrained(ROOT)
+    world, again = PlateWorld(task, 100, naming=1.0, block=4), PlateWorld(task, 100, naming=1.0, block=4)
+    for index in (0, 1, 30, 70, 99):
+        a, b = world[index], again[index]
+        example = encode_conversation(processor, a.messages)
+        if a.finish:
+            a.finish(example, processor)
+        assert torch.equal(example["pixel_values"], encode_conversation(processor, b.messages)["pixel_values"])
+        visual = example["input_ids"] == processor.image_token_id
+        assert visual.any() == (task != "text" and example["pixel_values"].shape[0] > 0)
+        if a.finish and example["pixel_values"].shape[0] == 1:
+            named = example["labels"][1:][visual[:-1]] != -100
+            assert named.any()
+
+
+def test_units_are_shared_out_whatever_the_number_of_processes(data):
+    sources = open_sources([data / "train.jsonl"])
+
+    def units():
+        return ([key] for key in mixture(sources, 0))
+
+    one = [[k._replace(pack=0) for k in batch] for batch in UnitBatches(units, 3, 4, 0, 1)]
+    two = [list(UnitBatches(units, 3, 2, rank, 2)) for rank in (0, 1)]
+    joined = [[k._replace(pack=0) for k in [*a, *b]] for a, b in zip(*two, strict=True)]
+    assert one == joined
+
+
+def test_a_batch_of_bad_samples_still_takes_part():
+    batches = Batches(2, 4, packing=True, weighting="token")
+    batch = batches([(Key(0, 0), BadSample("x, line 1: gone"))])
+    assert batch["bad"] == ["x, line 1: gone"] and batch["loss_weights"].sum() == 0
+    assert batch["pixel_values"].shape == (0, 4, 3 * 28 * 28)
