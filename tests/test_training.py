@@ -14,6 +14,7 @@ import torch
 import yaml
 from PIL import Image, ImageDraw
 from safetensors.torch import load_file
+from transformers import LlamaConfig, LlamaForCausalLM
 
 from conftest import ROOT, load_golden, tiny_model
 from mono_internvl import MonoInternVLForCausalLM, MonoInternVLProcessor
@@ -581,15 +582,39 @@ def torchrun(*arguments: str) -> subprocess.CompletedProcess:
     )
 
 
-def test_two_ddp_processes_give_the_curve_of_one(tmp_path, folder, data):
-    """Units alternate between a picture and none, so that one rank sees only text."""
+@pytest.fixture(scope="module")
+def dense(tmp_path_factory, processor) -> Path:
+    """A tiny dense language model with the nano's tokenizer."""
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        vocab_size=processor.image_token_ids[1],
+        hidden_size=64,
+        intermediate_size=96,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        num_key_value_heads=1,
+        head_dim=32,
+        max_position_embeddings=512,
+        bos_token_id=1,
+        eos_token_id=2,
+        pad_token_id=2,
+    )
+    folder = tmp_path_factory.mktemp("dense")
+    LlamaForCausalLM(config).save_pretrained(folder)
+    processor.tokenizer.save_pretrained(folder)
+    return folder
+
+
+def test_two_ddp_processes_give_the_curve_of_one(tmp_path, dense, data):
+    """From a dense model, which one process expands; in some steps one rank sees only text."""
     rows = [json.loads(line) for line in (data / "train.jsonl").read_text().splitlines()]
     with_picture = [row for row in rows if isinstance(row.get("image"), str)]
     without = [row for row in rows if "image" not in row]
     for name, chosen in (("pictures", with_picture), ("text", without)):
         (data / f"{name}.jsonl").write_text("\n".join(map(json.dumps, chosen)))
     changes = {"packing": False, "batch_size": 2, "steps": 6, "max_length": 400}
-    path = recipe(tmp_path, folder, data, data=[str(data / "text.jsonl"), str(data / "pictures.jsonl")], **changes)
+    changes["expand"] = {"vision_hidden_size": 16, "tile_size": 56, "start": {"patch": 0.02, "position": 1.0}}
+    path = recipe(tmp_path, dense, data, data=[str(data / "text.jsonl"), str(data / "pictures.jsonl")], **changes)
     stage = load_stage(path)
     order = mixture(open_sources(stage.data), stage.seed)
     firsts = [next(order).source for _ in range(12)]
@@ -629,7 +654,7 @@ def test_two_fsdp2_processes_give_the_curve_of_one(tmp_path, folder, processor, 
         loss.backward()
         optimizer.step()
         optimizer.zero_grad()
-        single.append(float(loss))
+        single.append(float(loss.detach()))
     torch.testing.assert_close(
         torch.tensor(torch.load(tmp_path / "losses.pt")), torch.tensor(single), atol=1e-5, rtol=0
     )

@@ -14,7 +14,6 @@ targets too (`name_patches`): a patch that lies on a shape is to be continued by
 """
 
 import logging
-import math
 import os
 import random
 import shutil
@@ -31,7 +30,9 @@ from ..image_processing_mono_internvl import MonoInternVLImageProcessor
 from ..modeling_mono_internvl import MonoInternVLForCausalLM
 from ..processing_mono_internvl import MonoInternVLProcessor
 from .data import Collator, encode_conversation
-from .plate_world import QA, Plate, draw_plate, questions, sample_plate
+from .plate_tasks import GREETINGS, choose_questions, name_patches
+from .plate_world import draw_plate, questions, sample_plate
+from .run import start_vision
 
 
 logger = logging.getLogger(__name__)
@@ -49,15 +50,6 @@ NAMING = 0.52
 LATER_WEIGHTS = {**WEIGHTS, "shape": 2.0, "color": 2.5, "count": 3.5, "number": 1.0, "position": 3.0, "caption": 0.6}
 # One batch in so many holds only pictures of several tiles; the others hold none, so that little is padded.
 TILED_EVERY = 5
-TEXT_ONLY = (
-    ("Hello", "hello, show me a picture of shapes and ask about them."),
-    ("Hi", "hello, show me a picture of shapes and ask about them."),
-    ("Who are you?", "i am the mono-internvl nano."),
-    ("What is your name?", "i am the mono-internvl nano."),
-    ("What can you do?", "i answer questions about plain shapes and numbers in a picture."),
-    ("Which shapes do you know?", "circle, square, triangle and star."),
-    ("Which colors do you know?", "red, green, blue, yellow, purple, orange and black."),
-)
 
 
 def nano_config(tokenizer: Any) -> MonoInternVLConfig:
@@ -84,58 +76,6 @@ def nano_config(tokenizer: Any) -> MonoInternVLConfig:
     )
 
 
-def start_vision(model: MonoInternVLForCausalLM) -> None:
-    """Scale the patch embedding and write sines and cosines of row and column into the position table, in place.
-
-    A flat background makes the 588 weights of a patch add up. With weights of 0.05 its embedding is some five units
-    wide, and positions that start as faint noise beside it go unnoticed in a short run: left and right were still at
-    chance after 48,000 pictures (above and below are told by the order of the tokens). So both start equally wide.
-    """
-    embeddings = model.model.vision_embeddings
-    side, width = embeddings.side, embeddings.position_embedding.shape[-1]
-    waves = torch.arange(width // 4) / (width // 4) * math.pi * 4 + math.pi / side
-    angles = torch.arange(side)[:, None] / side * waves
-    axis = torch.cat((angles.sin(), angles.cos()), dim=-1)
-    rows, columns = axis[:, None].expand(-1, side, -1), axis[None].expand(side, -1, -1)
-    table = torch.cat((rows, columns), dim=-1).reshape(side * side, width)
-    with torch.no_grad():
-        embeddings.position_embedding[0, 1:] += POSITION_STRENGTH * (table - table.mean(0)) / table.std()
-        weight = embeddings.patch_embedding.weight
-        weight *= PATCH_STRENGTH / weight.std()
-
-
-def choose_questions(candidates: list[QA], rng: random.Random, weights: dict[str, float], count: int) -> list[QA]:
-    """A draw without replacement, by the weight of each question's category."""
-    keyed = [
-        (rng.random() ** (1.0 / weights[qa.category]), i) for i, qa in enumerate(candidates) if weights[qa.category]
-    ]
-    return [candidates[i] for _, i in sorted(keyed, reverse=True)[:count]]
-
-
-def name_patches(example: dict[str, torch.Tensor], plate: Plate, processor: MonoInternVLProcessor) -> None:
-    """Give the visual tokens of a picture of one tile their targets, in place.
-
-    A token sees only what is above and to the left of it, so a shape's upper patches are left alone: its name is asked
-    of those whose centre lies in the lower 60 % of its box. The target stands one place on, as labels are shifted.
-    """
-    side = processor.image_processor.tile_size // 28
-    first = int((example["input_ids"] == processor.image_token_id).nonzero()[0])
-    for item in plate.items:
-        names = list(item.text) if item.kind == "number" else [item.kind]
-        left, top, right, bottom = item.box
-        width = (right - left) / len(names)
-        for i, name in enumerate(names):
-            (target,) = processor.tokenizer.encode(name, add_special_tokens=False)
-            x1, x2 = ((left + (i + k) * width) / plate.width * side for k in (0, 1))
-            y1, y2 = top / plate.height * side, bottom / plate.height * side
-            columns = range(max(math.ceil(x1 - 0.5), 0), min(math.ceil(x2 - 0.5), side)) or [int((x1 + x2) / 2)]
-            lower = y1 + 0.4 * (y2 - y1)
-            rows = range(max(math.ceil(lower - 0.5), 0), min(math.ceil(y2 - 0.5), side)) or [int((lower + y2) / 2)]
-            for row in rows:
-                for column in columns:
-                    example["labels"][first + min(row, side - 1) * side + min(column, side - 1) + 1] = target
-
-
 class PlateConversations(Dataset):
     """Conversation `i` is made from `(seed, i)` alone: any worker draws the same. Plates grow harder with `i`."""
 
@@ -149,7 +89,7 @@ class PlateConversations(Dataset):
         rng = random.Random(f"{self.seed}/{index}")
         progress = index / self.length
         if progress > 0.1 and rng.random() < 0.02:
-            asked, answered = rng.choice(TEXT_ONLY)
+            asked, answered = rng.choice(GREETINGS)
             return encode_conversation(self.processor, self.processor.conversation([(asked, answered)], []))
         most = 1 if progress < 0.12 else 3 if progress < 0.25 else 5
         numbers = 0.0 if progress < 0.25 else 0.2 if progress < NAMING else 0.1
@@ -164,7 +104,7 @@ class PlateConversations(Dataset):
         turns[0] = (f"<image>\n{turns[0][0]}", turns[0][1])
         example = encode_conversation(self.processor, self.processor.conversation(turns, [draw_plate(plate, rng)]))
         if one_tile and progress < NAMING:
-            name_patches(example, plate, self.processor)
+            name_patches(example, self.processor, plate)
         return example
 
 
@@ -203,7 +143,7 @@ def train(
         AutoTokenizer.from_pretrained(tokenizer, trust_remote_code=False),
     )
     model = MonoInternVLForCausalLM(nano_config(processor.tokenizer))
-    start_vision(model)
+    start_vision(model, PATCH_STRENGTH, POSITION_STRENGTH)
     logger.info("%.2f M parameters", model.num_parameters() / 1e6)
     arguments = TrainingArguments(
         output_dir=str(runs),

@@ -3,13 +3,13 @@
 import json
 import logging
 import math
-import os
 import shutil
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
+from accelerate import PartialState
 from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM, TrainingArguments, set_seed
 
 from ..image_processing_mono_internvl import MonoInternVLImageProcessor
@@ -65,11 +65,12 @@ def run_stage(
         raise ValueError(f"{folder} holds checkpoints of an earlier run: pass --resume to go on, or remove them")
     # Before anything is read or built: whatever starts at random starts the same.
     set_seed(stage.seed)
-    world_size, rank = int(os.environ.get("WORLD_SIZE", 1)), int(os.environ.get("RANK", 0))
+    state = PartialState(cpu=not torch.cuda.is_available())
+    world_size, rank = state.num_processes, state.process_index
     # Text is told once, by the process that leads.
     tell = write if rank == 0 else (lambda line: None)
 
-    processor, model = _start(stage, Path(runs), folder, rank)
+    processor, model = _start(stage, Path(runs), folder, state)
     if isinstance(model, MonoInternVLForCausalLM):
         model.config.text_config.drop_path_rate = stage.drop_path
         _set_drop_path(model)
@@ -135,7 +136,7 @@ def describe(
 # ------------------------------------------------------------------------------------------------------------ start
 
 
-def _start(stage: Stage, runs: Path, folder: Path, rank: int) -> tuple[MonoInternVLProcessor, Any]:
+def _start(stage: Stage, runs: Path, folder: Path, state: PartialState) -> tuple[MonoInternVLProcessor, Any]:
     attention = {} if stage.attn_implementation is None else {"attn_implementation": stage.attn_implementation}
     if stage.dense is not None:
         processor = _processor(stage.tokenizer or str(ROOT))
@@ -157,7 +158,7 @@ def _start(stage: Stage, runs: Path, folder: Path, rank: int) -> tuple[MonoInter
         if not Path(source).is_dir():
             raise FileNotFoundError(f"{stage.model} has not been trained: {source} does not exist")
     if stage.expand is not None:
-        source = str(_expanded(source, stage, folder, rank))
+        source = str(_expanded(source, stage, folder, state))
     processor = _processor(stage.tokenizer or source)
     model = MonoInternVLForCausalLM.from_pretrained(source, dtype=torch.float32, **attention)
     return processor, model
@@ -171,21 +172,23 @@ def _processor(folder: str) -> MonoInternVLProcessor:
         return MonoInternVLProcessor(MonoInternVLImageProcessor(), AutoTokenizer.from_pretrained(folder))
 
 
-def _expanded(source: str, stage: Stage, folder: Path, rank: int) -> Path:
+def _expanded(source: str, stage: Stage, folder: Path, state: PartialState) -> Path:
     """The dense model expanded, once, beside the stage's checkpoints."""
     from ..conversion import expand_checkpoint
 
-    target = folder / "expanded"
-    if rank == 0 and not target.is_dir():
+    target, unfinished = folder / "expanded", folder / "expanded.tmp"
+    if state.is_main_process and not target.is_dir():
+        shutil.rmtree(unfinished, ignore_errors=True)
         options = dict(stage.expand or {})
         start = options.pop("start", None)
-        expand_checkpoint(source, target, visual_attention_experts=stage.visual_attention_experts or "none", **options)
+        experts = stage.visual_attention_experts or "none"
+        expand_checkpoint(source, unfinished, visual_attention_experts=experts, **options)
         if start:
-            model = MonoInternVLForCausalLM.from_pretrained(target)
+            model = MonoInternVLForCausalLM.from_pretrained(unfinished)
             start_vision(model, **start)
-            model.save_pretrained(target)
-    if torch.distributed.is_initialized():
-        torch.distributed.barrier()
+            model.save_pretrained(unfinished)
+        unfinished.rename(target)
+    state.wait_for_everyone()
     return target
 
 
