@@ -64,9 +64,9 @@ class RoutingPlan(NamedTuple):
         return rows.index_select(0, self.text), rows.index_select(0, self.visual)
 
     def merge(self, text: torch.Tensor, visual: torch.Tensor, batch_shape: torch.Size) -> torch.Tensor:
-        """The inverse of `split`; every row of the result is written exactly once."""
+        """The inverse of `split`; every row of the result is written exactly once, in place."""
         out = text.new_empty((self.text.shape[0] + self.visual.shape[0], text.shape[-1]))
-        out = out.index_copy(0, self.text, text).index_copy(0, self.visual, visual)
+        out.index_copy_(0, self.text, text).index_copy_(0, self.visual, visual)
         return out.view(*batch_shape, -1)
 
 
@@ -74,6 +74,40 @@ def make_routing_plan(visual_token_mask: torch.Tensor, num_visual: int) -> Routi
     """bool [B, T] and its count, known on the host: no shape depends on data and the device is not waited for."""
     order = torch.argsort((~visual_token_mask).reshape(-1).to(torch.int8), stable=True)
     return RoutingPlan(text=order[num_visual:], visual=order[:num_visual])
+
+
+class PlaceholderCheck:
+    """Compares placeholders with visual tokens without keeping the device waiting.
+
+    On CUDA the counts travel to the host while the layers are being launched; `settle` waits for that small copy alone,
+    so the queue stays full.
+    """
+
+    def __init__(self, mask: torch.Tensor, keep: int | None, num_visual: int, image_token_id: int):
+        """bool mask [B, T] of the placeholders; `keep`: last rows that the last layer would compute alone."""
+        self.num_visual, self.image_token_id = num_visual, image_token_id
+        self.counts = torch.stack([mask.sum(), mask[:, -(keep or 0) :].sum()])
+        self.copied = None
+        if mask.is_cuda:
+            self.counts = self.counts.to("cpu", non_blocking=True)
+            self.copied = torch.cuda.Event()
+            self.copied.record(torch.cuda.current_stream(mask.device))
+
+    def settle(self) -> bool:
+        """Whether all kept rows are text.
+
+        Raises:
+            ValueError: as many visual tokens as placeholders are needed; names both counts.
+        """
+        if self.copied is not None:
+            self.copied.synchronize()
+        placeholders, kept = self.counts.tolist()
+        if placeholders != self.num_visual:
+            raise ValueError(
+                f"the pictures give {self.num_visual} visual tokens but the input has {placeholders} image "
+                f"placeholders (id {self.image_token_id}); they must match"
+            )
+        return kept == 0
 
 
 # ------------------------------------------------------------------------------------------------- visual embedding
@@ -98,8 +132,9 @@ class MonoInternVLVisionEmbeddings(nn.Module):
         # Row 0 belongs to the class token, which nothing uses; both are kept for a lossless round trip.
         self.position_embedding = nn.Parameter(torch.empty(1, 1 + self.side**2, config.hidden_size))
         self.register_buffer("class_embedding", torch.zeros(1, 1, config.hidden_size))
-        self.register_buffer("pixel_mean", torch.tensor(config.image_mean), persistent=False)
-        self.register_buffer("pixel_std", torch.tensor(config.image_std), persistent=False)
+        # float32 also where the model is made in bfloat16.
+        self.register_buffer("pixel_mean", torch.tensor(config.image_mean, dtype=torch.float32), persistent=False)
+        self.register_buffer("pixel_std", torch.tensor(config.image_std, dtype=torch.float32), persistent=False)
 
     def normalize(self, pixel_values: torch.Tensor) -> torch.Tensor:
         """uint8 [tiles, P, 3*s*s] -> float32, scaled to 0..1 and normalised per channel, on the device it is on."""
@@ -166,9 +201,7 @@ class MonoInternVLRMSNorm(nn.Module):
         self.variance_epsilon = eps
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        y = x.float()
-        y = y * torch.rsqrt(y.pow(2).mean(-1, keepdim=True) + self.variance_epsilon)
-        return self.weight * y.to(x.dtype)
+        return self.weight * F.rms_norm(x, x.shape[-1:], eps=self.variance_epsilon)
 
 
 class MonoInternVLRotaryEmbedding(nn.Module):
@@ -214,9 +247,14 @@ class MonoInternVLRotaryEmbedding(nn.Module):
 
 
 def rotate(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
-    """Half-split rotation of [B, heads, T, D] by cos, sin [B, T, D]."""
-    first, second = x.chunk(2, dim=-1)
-    return x * cos.unsqueeze(1) + torch.cat((-second, first), dim=-1) * sin.unsqueeze(1)
+    """Half-split rotation of [B, heads, T, D] by cos, sin [B, T, D], the first half of sin negated (`signed`)."""
+    return torch.addcmul(x * cos.unsqueeze(1), x.roll(x.shape[-1] // 2, dims=-1), sin.unsqueeze(1))
+
+
+def signed(sin: torch.Tensor) -> torch.Tensor:
+    """Negate the first half once per forward: rotating needs no negation then."""
+    first, second = sin.chunk(2, dim=-1)
+    return torch.cat((-first, second), dim=-1)
 
 
 def eager_attention_forward(
@@ -238,6 +276,26 @@ def eager_attention_forward(
     weights = F.softmax(scores, dim=-1, dtype=torch.float32).to(query.dtype)
     weights = F.dropout(weights, p=dropout, training=module.training)
     return (weights @ value).transpose(1, 2).contiguous(), weights
+
+
+def packed_sdpa_forward(
+    module: nn.Module,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    attention_mask: torch.Tensor,
+    scaling: float,
+    **kwargs: Any,
+) -> tuple[torch.Tensor, None]:
+    """Attention of one query per head, [B, heads, 1, D] -> [B, 1, heads, D], without copying the cache.
+
+    The heads of a group become queries of their key head; transformers would repeat keys and values for them, because
+    sdpa's own grouping does not go with a mask.
+    """
+    batch, heads, _, width = query.shape
+    query = query.reshape(batch, key.shape[1], -1, width)
+    out = F.scaled_dot_product_attention(query, key, value, attn_mask=attention_mask, scale=scaling)
+    return out.reshape(batch, 1, heads, width), None
 
 
 class MonoInternVLAttention(nn.Module):
@@ -303,12 +361,20 @@ class MonoInternVLAttention(nn.Module):
             self.config._attn_implementation, eager_attention_forward
         )
         dropout = self.attention_dropout if self.training else 0.0
+        if self._reads_cache_once(q, attention_mask):
+            attend = packed_sdpa_forward
         out, weights = attend(self, q, k, v, attention_mask, dropout=dropout, scaling=self.scaling, **kwargs)
         out = out.reshape(*out.shape[:2], -1).contiguous()
         if routing is None or not self.visual_o or queries is not None:
             return self.o_proj(out), weights
         text, visual = routing.split(out)
         return routing.merge(self.o_proj(text), self.visual_o_proj(visual), out.shape[:2]), weights
+
+    def _reads_cache_once(self, q: torch.Tensor, mask: torch.Tensor | None) -> bool:
+        """Whether `packed_sdpa_forward` applies: decoding with a mask, as with a static cache, under sdpa."""
+        if self.config._attn_implementation != "sdpa" or q.shape[2] != 1 or self.training:
+            return False
+        return self.num_key_value_groups > 1 and mask is not None and mask.shape[1] == 1
 
 
 class MonoInternVLMLP(nn.Module):
@@ -322,7 +388,8 @@ class MonoInternVLMLP(nn.Module):
         self.act_fn = ACT2FN[config.hidden_act]
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return self.down_proj(self.act_fn(self.gate_proj(x)) * self.up_proj(x))
+        gate, up = self.act_fn(self.gate_proj(x)), self.up_proj(x)
+        return self.down_proj(gate * up if torch.is_grad_enabled() else gate.mul_(up))
 
 
 def make_drop_path(config: MonoInternVLTextConfig, layer_idx: int) -> nn.Module:
@@ -480,28 +547,26 @@ class MonoInternVLTextModel(MonoInternVLPreTrainedModel):
         use_cache: bool | None = None,
         routing: RoutingPlan | None = None,
         keep: int | None = None,
+        check: PlaceholderCheck | None = None,
         **kwargs: Any,
     ) -> BaseModelOutputWithPast:
-        """`keep`: the last layer computes only the last so many rows of each sequence, which must be text."""
+        """`keep`: the last layer computes only the last so many rows of each sequence, which must be text.
+
+        `check` is settled before the last layer, when its counts have long arrived, and decides about `keep`.
+        """
         if (input_ids is None) == (inputs_embeds is None):
             raise ValueError("exactly one of input_ids and inputs_embeds must be given")
         if inputs_embeds is None:
             inputs_embeds = self.embed_tokens(input_ids)
         if use_cache and past_key_values is None:
             past_key_values = DynamicCache(config=self.config)
+        mask = self._causal_mask(inputs_embeds, attention_mask, past_key_values, position_ids)
         if position_ids is None:
             past = past_key_values.get_seq_length() if past_key_values is not None else 0
             position_ids = torch.arange(inputs_embeds.shape[1], device=inputs_embeds.device).unsqueeze(0) + past
-
-        mask = create_causal_mask(
-            config=self.config,
-            inputs_embeds=inputs_embeds,
-            attention_mask=attention_mask,
-            past_key_values=past_key_values,
-            position_ids=position_ids,
-        )
         x = inputs_embeds
-        position_embeddings = self.rotary_emb(x, position_ids)
+        cos, sin = self.rotary_emb(x, position_ids)
+        position_embeddings = cos, signed(sin)
         if keep is not None and keep >= x.shape[1]:
             keep = None
         for layer in self.layers[:-1]:
@@ -514,6 +579,8 @@ class MonoInternVLTextModel(MonoInternVLPreTrainedModel):
                 routing=routing,
                 **kwargs,
             )
+        if check is not None and not check.settle():
+            keep = None
         mask, queries = self._last_queries(mask, keep, past_key_values)
         x = self.layers[-1](
             x,
@@ -527,6 +594,26 @@ class MonoInternVLTextModel(MonoInternVLPreTrainedModel):
             **kwargs,
         )
         return BaseModelOutputWithPast(last_hidden_state=self.norm(x), past_key_values=past_key_values)
+
+    def _causal_mask(
+        self, x: torch.Tensor, attention_mask: Any, cache: Cache | None, position_ids: torch.Tensor | None
+    ) -> Any:
+        """The mask for the attention backend, or None where the causal kernel needs none.
+
+        transformers looks for packed samples in positions and for padding in masks: each makes the host wait, and where
+        it cannot look, under compile and in CUDA graphs, it makes a whole T x S mask. So a plain prompt is not asked
+        about, and positions of our own, which never restart inside a row, are not shown.
+        """
+        empty = cache is None or (isinstance(cache, DynamicCache) and cache.get_seq_length() == 0)
+        if attention_mask is None and position_ids is None and empty and self.config._attn_implementation == "sdpa":
+            return None
+        return create_causal_mask(
+            config=self.config,
+            inputs_embeds=x,
+            attention_mask=attention_mask,
+            past_key_values=cache,
+            position_ids=position_ids,
+        )
 
     def _last_queries(self, mask: Any, keep: int | None, cache: Cache | None) -> tuple[Any, int | None]:
         """The mask of the last `keep` queries, where the backend lets us leave the other queries out."""
@@ -614,33 +701,30 @@ class MonoInternVLModel(MonoInternVLPreTrainedModel):
 
     def _route(
         self, mask: torch.Tensor, rows: torch.Tensor | None, keep: int | None
-    ) -> tuple[RoutingPlan | None, int | None]:
-        """The plan for this forward, and `keep` if the last rows may be computed alone (all of them text).
+    ) -> tuple[RoutingPlan | None, int | None, PlaceholderCheck | None]:
+        """The plan for this forward, `keep` if the last rows may be computed alone (all of them text), and the check.
 
         Raises:
-            ValueError: as many visual tokens as placeholders are needed; names both counts.
+            ValueError: as many visual tokens as placeholders are needed; names both counts. On CUDA the check that is
+                returned raises it.
         """
-        count = None if rows is None else rows.shape[0]
-        if torch.compiler.is_compiling():
+        # A bare mask is counted here: the one case that waits for the device.
+        count = int(mask.sum()) if rows is None else rows.shape[0]
+        if torch.compiler.is_compiling() or (mask.is_cuda and torch.cuda.is_current_stream_capturing()):
             # Nothing can be looked at here; whether the kept rows are text is unknown, so the last layer does them all.
-            if count is None:
-                return make_routing_plan(mask, int(mask.sum())), None
-            # The check that neither breaks the graph nor waits for the device; it cannot name the counts.
-            torch._assert_async(
-                mask.sum() == count,
-                f"image placeholders (id {self.config.image_token_id}) and visual tokens differ in number",
-            )
-            return make_routing_plan(mask, count), None
-        placeholders, kept = mask.sum(), mask[:, -(keep or 0) :].sum()
-        placeholders, kept = torch.stack([placeholders, kept]).tolist()
-        if count is not None and count != placeholders:
-            raise ValueError(
-                f"the pictures give {count} visual tokens but the input has {placeholders} image placeholders "
-                f"(id {self.config.image_token_id}); they must match"
-            )
-        if placeholders == 0 and not (self.training and rows is not None):
-            return None, keep
-        return make_routing_plan(mask, placeholders), None if kept else keep
+            if rows is not None:
+                # The check that neither breaks the graph nor waits for the device; it cannot name the counts.
+                torch._assert_async(
+                    mask.sum() == count,
+                    f"image placeholders (id {self.config.image_token_id}) and visual tokens differ in number",
+                )
+            return make_routing_plan(mask, count), None, None
+        check: PlaceholderCheck | None = PlaceholderCheck(mask, keep, count, self.config.image_token_id)
+        if not mask.is_cuda:
+            keep, check = (keep if check.settle() else None), None  # type: ignore[union-attr]
+        if count == 0 and not (self.training and rows is not None):
+            return None, keep, check
+        return make_routing_plan(mask, count), keep, check
 
     @can_return_tuple
     def forward(
@@ -670,7 +754,7 @@ class MonoInternVLModel(MonoInternVLPreTrainedModel):
         if inputs_embeds is None:
             inputs_embeds = self.get_input_embeddings()(input_ids)
 
-        routing = None
+        routing, check = None, None
         if mask is not None:
             if mask.shape != inputs_embeds.shape[:2]:
                 raise ValueError(
@@ -678,7 +762,7 @@ class MonoInternVLModel(MonoInternVLPreTrainedModel):
                     f"got {tuple(mask.shape)}"
                 )
             mask = mask.to(device=inputs_embeds.device, dtype=torch.bool)
-            routing, keep = self._route(mask, rows, keep)
+            routing, keep, check = self._route(mask, rows, keep)
         if routing is not None and rows is not None:
             flat = inputs_embeds.reshape(-1, inputs_embeds.shape[-1])
             flat = flat.index_copy(0, routing.visual, rows.to(flat.device, flat.dtype))
@@ -692,6 +776,7 @@ class MonoInternVLModel(MonoInternVLPreTrainedModel):
             use_cache=use_cache,
             routing=routing,
             keep=keep,
+            check=check,
             **kwargs,
         )
         return MonoInternVLModelOutputWithPast(

@@ -244,6 +244,22 @@ class MonoInternVLProcessor(ProcessorMixin):
         )
         return inputs if return_dict else inputs["input_ids"]
 
+    def count_tokens(
+        self, messages: Sequence[dict[str, Any]], sizes: Sequence[tuple[int, int]], *, max_tiles: int | None = None
+    ) -> int:
+        """Tokens of one conversation, as `apply_chat_template(..., tokenize=True)` would give, without its pixels.
+
+        Args:
+            messages: as there; pictures are not opened.
+            sizes: width and height in pixels of each picture as it is seen (EXIF rotation applied).
+            max_tiles: budget of the conversation's pictures; default: the image processor's.
+        """
+        copies, _ = _take_images(messages, with_sources=False)
+        options = self.share_tiles({} if max_tiles is None else {"max_tiles": max_tiles}, len(sizes))
+        tiles = [self.image_processor.get_number_of_tiles(height, width, **options) for width, height in sizes]
+        prompt = self._with_bos(self._render_by_origin(copies, None, {}))
+        return len(self._encode(prompt, [count * self.tokens_per_tile for count in tiles])[0])
+
     def _render(self, messages: Sequence[dict[str, Any]], chat_template: str | None, variables: dict[str, Any]) -> str:
         """Render one conversation, which may be empty; it is not changed."""
         # Older transformers write into the messages.
@@ -300,7 +316,8 @@ class MonoInternVLProcessor(ProcessorMixin):
         begun = bool(prompt) and prompt[0].origin == "template" and prompt[0].text.startswith(bos)
         return prompt if begun else [Segment(bos, "template"), *prompt]
 
-    def conversation(self, turns: Sequence[tuple[str, str | None]], images: Sequence[Any]) -> list[dict[str, Any]]:
+    @staticmethod
+    def conversation(turns: Sequence[tuple[str, str | None]], images: Sequence[Any]) -> list[dict[str, Any]]:
         """(prompt, answer) pairs, whose prompts mark pictures by `<image>`, to messages; an answer of None is left out.
 
         Raises:
@@ -378,7 +395,7 @@ class MonoInternVLProcessor(ProcessorMixin):
             tokens = None
             if images:
                 features = self.image_processor(
-                    images, return_tensors="pt", **self._share_tiles(image_options, len(images))
+                    images, return_tensors="pt", **self.share_tiles(image_options, len(images))
                 )
                 pixels.append(features["pixel_values"])
                 tokens = [int(tiles) * self.tokens_per_tile for tiles in features["num_tiles"]]
@@ -402,10 +419,10 @@ class MonoInternVLProcessor(ProcessorMixin):
             data["pixel_values"] = stacked if return_tensors == "pt" else stacked.numpy()
         return BatchFeature(data, tensor_type=return_tensors)
 
-    def _share_tiles(self, image_options: dict[str, Any], count: int) -> dict[str, Any]:
+    def share_tiles(self, image_options: dict[str, Any], count: int) -> dict[str, Any]:
         """The pictures of one prompt share its budget of tiles."""
         budget = image_options.get("max_tiles", self.image_processor.max_tiles)
-        if count == 1 or not isinstance(budget, int) or budget < 1:  # the image processor refuses a wrong one
+        if count <= 1 or not isinstance(budget, int) or budget < 1:  # the image processor refuses a wrong one
             return image_options
         shared = {**image_options, "max_tiles": max(1, budget // count)}
         if "min_tiles" in shared:
@@ -598,6 +615,17 @@ class MonoInternVLProcessor(ProcessorMixin):
 
     # ---- engines
 
+    def chat_token_ids(
+        self, messages: Sequence[dict[str, Any]], chat_template: str | None = None, **variables: Any
+    ) -> list[int]:
+        """The `input_ids` of one conversation whose pictures an engine holds: one placeholder stands for each.
+
+        Image parts need only their type; otherwise as `apply_chat_template` with `tokenize=True`, and as safe.
+        """
+        messages, _ = _take_images(messages, with_sources=False)
+        prompt = self._with_bos(self._render_by_origin(messages, chat_template, variables))
+        return self._encode(prompt, None)[0]
+
     def _get_num_multimodal_tokens(
         self, image_sizes: Sequence[tuple[int, int]] | None = None, **kwargs: Any
     ) -> MultiModalData:
@@ -632,7 +660,9 @@ def _flat(pictures: Any) -> list[Any]:
     return [pictures]
 
 
-def _take_images(messages: Sequence[dict[str, Any]]) -> tuple[list[dict[str, Any]], list[Any]]:
+def _take_images(
+    messages: Sequence[dict[str, Any]], with_sources: bool = True
+) -> tuple[list[dict[str, Any]], list[Any]]:
     """Copies of the messages whose image parts hold nothing but their type, and the pictures in order.
 
     Raises:
@@ -657,7 +687,7 @@ def _take_images(messages: Sequence[dict[str, Any]]) -> tuple[list[dict[str, Any
         for part in content:
             kind = part.get("type") if isinstance(part, dict) else None
             if kind in ("image", "image_url"):
-                images.append(_image_source(part))
+                images.append(_image_source(part) if with_sources else None)
                 parts.append({"type": "image"})
             elif kind is None:
                 raise ValueError(f"a {role} message's part must be a dict with a 'type', such as text or image")

@@ -1,0 +1,1 @@
+"""Every speed figure that the documents quote, as ratios of things measured in one run (`mono-internvl benchmark`)."""

@@ -1,0 +1,135 @@
+"""All parts in one process: the model is built once, results are written after each part, a budget is kept."""
+
+import gc
+import json
+import logging
+import os
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from .decode import run_decode, run_serve
+from .load import run_load
+from .measure import Place, describe_machine
+from .peers import build, preset_config
+from .prefill import run_prefill, run_scaling, run_ttft
+from .preprocess import run_preprocess
+from .routing import run_routing
+from .train import run_train
+
+
+logger = logging.getLogger(__name__)
+
+# In the order in which they run; `train` changes the weights and `load` needs the disk.
+PARTS = ("preprocess", "routing", "prefill", "ttft", "decode", "serve", "scaling", "train", "load")
+# Seconds that a part takes at the 2B dimensions: on a GPU at full depth, on two CPU cores at CPU_LAYERS.
+_EXPECTED = {
+    "cuda": {"prefill": 110, "ttft": 25, "decode": 90, "serve": 25, "scaling": 20, "train": 70, "load": 90},
+    "cpu": {"prefill": 420, "ttft": 180, "decode": 60, "load": 90},
+}
+CPU_LAYERS = 4
+# On the CPU these take long and have no goal there; they run when they are named.
+_GPU_ONLY = ("routing", "serve", "scaling", "train")
+_NEEDS_MODEL = ("prefill", "ttft", "decode", "serve", "scaling", "train")
+
+
+def run_parts(
+    place: Place,
+    parts: tuple[str, ...] = (),
+    *,
+    preset: str = "2b",
+    layers: int | None = None,
+    budget_seconds: float | None = None,
+    out: Path | None = None,
+    on_part: Callable[[str, dict[str, Any]], None] = lambda name, result: None,
+) -> dict[str, Any]:
+    """Run `parts` (default: all that have a goal on this device) and return everything that was measured.
+
+    Args:
+        layers: of text model and vision tower alike; default: all on CUDA, `CPU_LAYERS` of the 2B model on the CPU.
+        budget_seconds: a part that is not expected to end in time is left out and says so.
+        out: JSON file, written anew after each part.
+        on_part: called with a part's name and result as soon as it is done.
+
+    Raises:
+        ValueError: an unknown part, preset or number of layers.
+    """
+    unknown = [part for part in parts if part not in PARTS]
+    if unknown:
+        raise ValueError(f"no such benchmark: {', '.join(unknown)}; there are {', '.join(PARTS)}")
+    if not parts:
+        parts = tuple(part for part in PARTS if place.is_cuda or part not in _GPU_ONLY)
+    if layers is None and preset == "2b" and not place.is_cuda:
+        layers = CPU_LAYERS
+    config = preset_config(preset, layers)
+    begin = time.perf_counter()
+    report: dict[str, Any] = {
+        "machine": describe_machine(place),
+        "settings": {
+            "preset": preset,
+            "layers": config.text_config.num_hidden_layers,
+            "budget_seconds": budget_seconds,
+        },
+        "parts": {},
+    }
+    options: dict[str, Any] = {"preset": preset, "layers": layers}
+    model = None
+    for part in parts:
+        started = time.perf_counter()
+        left = float("inf") if budget_seconds is None else budget_seconds - (started - begin)
+        expected = _EXPECTED[place.device.type].get(part, 15) if preset == "2b" else 5
+        if expected > left:
+            result: dict[str, Any] = {"rows": [], "error": f"left out: {left:.0f} s left, about {expected} s needed"}
+        else:
+            if part in _NEEDS_MODEL and model is None:
+                model = build(config, place)
+            elif part not in _NEEDS_MODEL:
+                model = None if part == "load" else model
+            result = _attempt(part, place, options, model)
+        result["wall_seconds"] = round(time.perf_counter() - started, 1)
+        report["parts"][part] = result
+        if out is not None:
+            write_json(report, out)
+        on_part(part, result)
+        _clean(place)
+    report["wall_seconds"] = round(time.perf_counter() - begin, 1)
+    if out is not None:
+        write_json(report, out)
+    return report
+
+
+def _attempt(part: str, place: Place, options: dict[str, Any], model: Any) -> dict[str, Any]:
+    runners: dict[str, Callable[[], dict[str, Any]]] = {
+        "preprocess": lambda: run_preprocess(place, seconds=8 if place.is_cuda else 20),
+        "routing": lambda: run_routing(place, preset=options["preset"], seconds=4 if place.is_cuda else 20),
+        "prefill": lambda: run_prefill(place, **options, model=model, seconds=3 if place.is_cuda else 30),
+        "ttft": lambda: run_ttft(place, **options, model=model, seconds=3 if place.is_cuda else 30),
+        "decode": lambda: run_decode(place, **options, model=model, seconds=5 if place.is_cuda else 20),
+        "serve": lambda: run_serve(place, **options, model=model),
+        "scaling": lambda: run_scaling(place, **options, model=model, seconds=1 if place.is_cuda else 5),
+        "train": lambda: run_train(place, **options, model=model),
+        "load": lambda: run_load(place, **options),
+    }
+    try:
+        return runners[part]()
+    except Exception as error:  # one part that fails must not cost the others' figures; the error stands in the report
+        logger.warning("benchmark %s failed", part, exc_info=True)
+        return {"rows": [], "error": f"{type(error).__name__}: {error}"}
+
+
+def _clean(place: Place) -> None:
+    torch._dynamo.reset()
+    gc.collect()
+    place.release()
+
+
+def write_json(report: dict[str, Any], path: Path) -> None:
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        temporary.write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
+        temporary.replace(path)
+    finally:
+        temporary.unlink(missing_ok=True)
