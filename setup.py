@@ -9,7 +9,7 @@ from setuptools import setup
 ROOT = Path(__file__).parent
 VERSION = re.search(r'^__version__ = "(.+)"$', (ROOT / "__init__.py").read_text(encoding="utf-8"), re.M)[1]  # type: ignore[index]
 
-TRAIN = ["accelerate", "peft", "datasets", "tensorboard"]
+TRAIN = ["accelerate", "peft", "datasets", "tensorboard", "pyyaml"]
 EVAL = ["matplotlib"]
 
 setup(
@@ -23,10 +23,16 @@ setup(
     package_dir={"mono_internvl": "."},
     packages=[
         "mono_internvl",
-        *(f"mono_internvl.{name}" for name in ("cli", "evaluation", "tokenization", "training")),
+        *(
+            f"mono_internvl.{name}"
+            for name in ("benchmarks", "cli", "conversion", "evaluation", "serving", "tokenization", "training")
+        ),
     ],
     # The nano model travels with the package: `mono-internvl chat` works without a network.
-    package_data={"mono_internvl": ["*.json", "*.jinja", "*.safetensors", "LICENSE", "NOTICE"]},
+    package_data={
+        "mono_internvl": ["*.json", "*.jinja", "*.safetensors", "LICENSE", "NOTICE"],
+        "mono_internvl.training": ["recipes/*/*.yaml", "configs/*.yaml"],
+    },
     install_requires=[
         "torch",
         "transformers>=5.17,<6",
@@ -35,6 +41,7 @@ setup(
         "pillow>=10.4",
         "numpy>=1.26",
         "protobuf",
+        "filelock",
         "typer",
         "rich",
     ],
@@ -42,8 +49,16 @@ setup(
         "train": TRAIN,
         "droppath": ["timm"],
         "flash": ["flash-attn"],
+        # In an environment of its own, with serving/constraints.txt.
+        "serve": ["vllm"],
+        "demo": ["gradio>=6"],
+        "quant": ["torchao", "bitsandbytes"],
         "eval": EVAL,
         "dev": [*TRAIN, *EVAL, "trl", "pytest", "ruff", "mypy"],
     },
-    entry_points={"console_scripts": ["mono-internvl = mono_internvl.cli:main"]},
+    entry_points={
+        "console_scripts": ["mono-internvl = mono_internvl.cli:main"],
+        "lmms_eval.models": ["mono_internvl = mono_internvl.evaluation.lmms_eval:manifest"],
+        "vllm.general_plugins": ["mono_internvl = mono_internvl.serving.vllm_plugin:register"],
+    },
 )

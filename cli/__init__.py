@@ -11,12 +11,18 @@ from typing import Annotated, Any
 import typer
 from typer.core import TyperGroup
 
+from .attention import attention
+from .benchmark import benchmark
 from .chat import chat
 from .common import report, set_debug, user_errors
+from .convert import convert
+from .demo import demo
 from .evaluate import evaluate
+from .expand import expand
 from .inspect import inspect
 from .tiles import tiles
 from .tokenizer import tokenizer
+from .train import train
 
 
 class _Commands(TyperGroup):
@@ -52,8 +58,10 @@ def options(
     set_debug(debug)
 
 
-for _command in (chat, tiles, inspect, tokenizer, evaluate):
+for _command in (chat, demo, tiles, attention, inspect, tokenizer, evaluate, expand, convert, benchmark):
     app.command()(_command)
+# A recipe's keys are options too; `train` reads them itself.
+app.command(context_settings={"allow_extra_args": True, "ignore_unknown_options": True})(train)
 
 
 def main() -> None:

@@ -1,0 +1,72 @@
+"""`mono-internvl expand SRC DST`: a dense InternLM2, InternLM3 or Llama becomes a Mono-InternVL."""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+import typer
+
+from .common import _quiet_libraries
+from .convert import (
+    BaseModelOption,
+    DestinationArgument,
+    DryRunOption,
+    PrivateOption,
+    PushOption,
+    RevisionOption,
+    ShardOption,
+    VerifyOption,
+    byte_bar,
+    check_publishing,
+    one_of,
+    publish,
+    show,
+)
+
+
+def expand(
+    source: Annotated[str, typer.Argument(metavar="SRC", help="folder or Hub id of a dense language model")],
+    destination: DestinationArgument,
+    visual_attention_experts: Annotated[
+        str, typer.Option(metavar="WHICH", help="attention experts (1.5): none, qkv or qkvo")
+    ] = "none",
+    vision_hidden_size: Annotated[int, typer.Option(min=1, metavar="N", help="channels of a 14-px patch")] = 1024,
+    tile_size: Annotated[int, typer.Option(min=28, metavar="PX", help="side of a tile, a multiple of 28")] = 448,
+    dtype: Annotated[str, typer.Option(metavar="DTYPE", help="auto (the source's), bfloat16 or float32")] = "auto",
+    max_shard_size: ShardOption = "1GB",
+    seed: Annotated[int, typer.Option(metavar="N", help="of the new visual embedding and input rows")] = 0,
+    base_model: BaseModelOption = None,
+    verify: VerifyOption = True,
+    push_to_hub: PushOption = None,
+    private: PrivateOption = False,
+    revision: RevisionOption = None,
+    dry_run: DryRunOption = False,
+) -> None:
+    """Make a Mono-InternVL of a dense language model: experts are copies, the visual embedding is new.
+
+    An interrupted run is gone on with by the same command.
+    """
+    check_publishing(push_to_hub, private, revision, dry_run)
+    from ..configuration_mono_internvl import VISUAL_ATTENTION_EXPERTS
+    from ..conversion.expand import DTYPES, expand_checkpoint
+
+    one_of(visual_attention_experts, VISUAL_ATTENTION_EXPERTS, "--visual-attention-experts")
+    if dtype != "float16":  # refused with its reason
+        one_of(dtype, tuple(DTYPES), "--dtype")
+    _quiet_libraries()
+    with byte_bar("expanding") as progress:
+        report = expand_checkpoint(
+            source,
+            destination,
+            visual_attention_experts=visual_attention_experts,
+            vision_hidden_size=vision_hidden_size,
+            tile_size=tile_size,
+            dtype=dtype,
+            max_shard_size=max_shard_size,
+            seed=seed,
+            base_model=base_model,
+            verify=verify,
+            progress=progress,
+        )
+    show(report)
+    publish(destination, push_to_hub, private, revision, dry_run)

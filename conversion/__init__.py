@@ -1,0 +1,27 @@
+"""How a Mono-InternVL is born and moved: expand a dense decoder into the MoE, convert between layouts, publish.
+
+source.py    reads a checkpoint of any layout a piece at a time
+plan.py      what to write, as data: name, shape, dtype, operation and source tensors of every output
+writer.py    carries a plan out: streams shards, hashes them, resumes, renames the finished folder
+verify.py    runs both checkpoints one layer at a time and compares
+files.py     what lies beside the weights: config, tokenizer, processor, remote code, model card
+publish.py   the Hub
+expand.py, convert.py   the two jobs
+"""
+
+from .convert import convert_checkpoint
+from .expand import expand_checkpoint
+from .job import Report
+from .publish import publish_checkpoint
+from .verify import Differences
+from .writer import check_checkpoint
+
+
+__all__ = [
+    "Differences",
+    "Report",
+    "check_checkpoint",
+    "convert_checkpoint",
+    "expand_checkpoint",
+    "publish_checkpoint",
+]

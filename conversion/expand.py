@@ -1,0 +1,187 @@
+"""Expanding: a dense decoder becomes a Mono-InternVL (arXiv 2410.08202, section 3.2).
+
+- V-experts, and visual attention experts where asked for, are copies of the text ones, so that every token is computed
+  as before, whichever experts it is routed to.
+- The vocabulary grows by nine tokens behind the old ones. New output rows are the mean of the old rows; new input rows
+  are drawn with a standard deviation of 0.02. (A matrix that is both gets the mean.)
+- Patch embedding, positions and projector are drawn with a standard deviation of 0.02, biases are 0, the projector's
+  LayerNorm is the identity. All draws depend on `seed` and the tensor's name.
+"""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from ..configuration_mono_internvl import VISUAL_ATTENTION_EXPERTS, MonoInternVLConfig
+from .files import (
+    copy_licences,
+    extended_tokenizer,
+    save_generation_config,
+    save_native_config,
+    save_processor,
+)
+from .job import Job, Report
+from .plan import EMBEDDING, layout_name, plan_expansion
+from .source import Checkpoint, encoder_tensor, find_source, read_json, vision_kind
+from .verify import Differences, NativeView, compare_expansion
+from .writer import Progress, check_destination, parse_size
+
+
+DENSE_LAYOUTS = {"InternLM2ForCausalLM": "internlm2", "InternLM3ForCausalLM": "llama", "LlamaForCausalLM": "llama"}
+DTYPES = {"auto": None, "bfloat16": torch.bfloat16, "float32": torch.float32}
+_REQUIRED = (
+    "vocab_size",
+    "hidden_size",
+    "intermediate_size",
+    "num_hidden_layers",
+    "num_attention_heads",
+    "num_key_value_heads",
+)
+
+
+def expand_checkpoint(
+    source: str | os.PathLike[str],
+    destination: str | os.PathLike[str],
+    *,
+    visual_attention_experts: str = "none",
+    vision_hidden_size: int = 1024,
+    tile_size: int = 448,
+    dtype: str | torch.dtype = "auto",
+    max_shard_size: int | str = "1GB",
+    seed: int = 0,
+    base_model: str | None = None,
+    verify: bool = True,
+    progress: Progress | None = None,
+) -> Report:
+    """Turn a dense InternLM2, InternLM3 or Llama checkpoint into a Mono-InternVL in our layout.
+
+    Args:
+        source: folder, or Hub id (`owner/name`, `owner/name@revision`).
+        destination: folder to make; must not exist, or be empty. An interrupted call leaves a folder named
+            `destination.KEY.partial`, and the same call goes on with it.
+        visual_attention_experts: `none`, `qkv` or `qkvo` (Mono-InternVL-1.5).
+        vision_hidden_size: channels of a 14-px patch.
+        tile_size: side of a tile in pixels, a multiple of 28.
+        dtype: `auto` (the source's), `bfloat16` or `float32`, by name or as a `torch.dtype`.
+        max_shard_size: bytes of a weight file at most, such as `2GB`; a larger tensor has a file of its own.
+        seed: of everything that is drawn.
+        base_model: Hub id for the model card, where `source` is a folder.
+        verify: run both on fixed prompts before the folder gets its name.
+        progress: called as `progress(bytes_written, bytes_in_all)`.
+
+    Raises:
+        FileExistsError: the destination is a file or not empty.
+        FileNotFoundError: no such source, no weights, or a shard is missing.
+        OSError: read-only or full disk.
+        ValueError: a source that is not such a decoder, damaged files, wrong tensors, bad options; named.
+    """
+    dtype = str(dtype).removeprefix("torch.")
+    if dtype not in DTYPES:
+        hint = " (activations overflow to NaN in it)" if dtype == "float16" else ""
+        raise ValueError(f"dtype={dtype!r} is not one of {', '.join(DTYPES)}{hint}")
+    if visual_attention_experts not in VISUAL_ATTENTION_EXPERTS:
+        raise ValueError(
+            f"visual_attention_experts={visual_attention_experts!r} is not one of {', '.join(VISUAL_ATTENTION_EXPERTS)}"
+        )
+    parse_size(max_shard_size)
+    destination = Path(destination).expanduser()
+    check_destination(destination)
+    folder, origin = find_source(source)
+    options: dict[str, Any] = {
+        "visual_attention_experts": visual_attention_experts,
+        "vision_hidden_size": vision_hidden_size,
+        "tile_size": tile_size,
+        "dtype": dtype,
+        "seed": seed,
+        "base_model": base_model,
+    }
+    refuse_other_models(folder)
+    with Checkpoint(folder) as dense:
+        _refuse_vision_tensors(dense)
+        layout = DENSE_LAYOUTS[dense.config["architectures"][0]]
+        tokenizer, new_rows = extended_tokenizer(folder, dense.config["vocab_size"])
+        config = _expanded_config(dense, layout, new_rows, options)
+        plan = plan_expansion(config, dense, layout, new_rows=new_rows, dtype=DTYPES[dtype], seed=seed)
+
+        def write_files(target: Path) -> None:
+            save_native_config(config, target)
+            save_generation_config(config, tokenizer, target)
+            if tokenizer is not None:
+                save_processor(tokenizer, config, target)
+            copy_licences(folder, target)
+
+        def compare(made: Checkpoint) -> Differences:
+            before, after = NativeView(dense, layout, config), NativeView(made, "native", config)
+            return compare_expansion(before, after, dense.config["vocab_size"])
+
+        how = (
+            "A Mono-InternVL made from the dense language model {source} by `mono-internvl expand`: visual experts are "
+            "copies of the text experts, the visual embedding is new and **not trained yet**. Text is what it was"
+        )
+        job = Job("expand", how, options, origin, dense, config, plan, base_model)
+        return job.run(destination, write_files, compare if verify else None, max_shard_size, progress)
+
+
+def refuse_other_models(folder: Path) -> None:
+    """Raise a ValueError that says what the folder holds, unless it is a dense decoder with all its dimensions."""
+    path = folder / "config.json"
+    values = read_json(path)
+    names = values.get("architectures") or [values.get("model_type") or "no architecture"]
+    kind = vision_kind(values)
+    allowed = ", ".join(DENSE_LAYOUTS)
+    if kind:
+        raise ValueError(f"{folder} is {kind}; expand takes a dense language model ({allowed})")
+    if names[0] not in DENSE_LAYOUTS:
+        raise ValueError(f"{path}: the architecture is {names[0]}; expand takes {allowed}")
+    missing = [name for name in _REQUIRED if not isinstance(values.get(name), int)]
+    if missing:
+        raise ValueError(f"{path}: {', '.join(missing)} must be given as whole numbers")
+    unsupported = [name for name in ("mlp_bias", "quantization_config") if values.get(name)]
+    if values.get("qkv_bias", values.get("bias", False)) != values.get("bias", False):
+        unsupported.append("qkv_bias without bias")
+    if values.get("hidden_act", "silu") != "silu":
+        unsupported.append(f"hidden_act {values['hidden_act']}")
+    if unsupported:
+        raise ValueError(f"{path}: {', '.join(unsupported)} is not supported")
+
+
+def _refuse_vision_tensors(source: Checkpoint) -> None:
+    name = encoder_tensor(source)
+    if name:
+        raise ValueError(
+            f"{source.tensors[name].file} holds {name}: the vision tower of a modular InternVL, which Mono-InternVL "
+            f"does not have; expand takes a dense language model ({', '.join(DENSE_LAYOUTS)})"
+        )
+
+
+def _expanded_config(dense: Checkpoint, layout: str, new_rows: int, options: dict[str, Any]) -> MonoInternVLConfig:
+    values = dict(dense.config)
+    values["vocab_size"] += new_rows
+    # What these architectures assume where their file says nothing; ours assumes InternLM2's released values.
+    if "rope_parameters" not in values:
+        values.setdefault("rope_theta", 10000.0)
+    values.setdefault("rms_norm_eps", 1e-6)
+    values.setdefault("max_position_embeddings", 2048)
+    dtype = DTYPES[options["dtype"]]
+    if dtype is None:
+        embedding = dense.tensors.get(layout_name(EMBEDDING, layout))
+        dtype = embedding.dtype if embedding else torch.float32
+    if dtype == torch.float16:
+        raise ValueError(
+            f"{dense.folder} is in float16, in which Mono-InternVL's activations overflow to NaN; "
+            "pass dtype bfloat16, or float32, which keeps every bit"
+        )
+    try:
+        return MonoInternVLConfig(
+            llm_config=values,  # type: ignore[call-arg]
+            vision_config={"hidden_size": options["vision_hidden_size"], "image_size": options["tile_size"]},
+            image_token_id=values["vocab_size"] - 7,
+            visual_attention_experts=options["visual_attention_experts"],
+            dtype=dtype,
+        )
+    except ValueError as error:
+        raise ValueError(f"{dense.folder / 'config.json'}: {error}") from error

@@ -1,0 +1,283 @@
+"""Reading a checkpoint: which tensors a folder holds, and their values a piece at a time.
+
+Weights are mapped, not loaded, and the mapping is renewed after every `_REMAP_BYTES`: pages that were read count as
+resident until their mapping goes, and a shard may be larger than what we may use.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import pickle
+import re
+import zipfile
+from collections.abc import Iterator
+from pathlib import Path
+from types import TracebackType
+from typing import Any, NamedTuple
+
+import torch
+from safetensors import SafetensorError, safe_open
+
+
+PIECE_BYTES = 16 << 20
+_REMAP_BYTES = 96 << 20
+# What the system may map besides what is asked for.
+_READ_AROUND_BYTES = 2 << 20
+
+SAFETENSORS_DTYPES = {
+    torch.float64: "F64",
+    torch.float32: "F32",
+    torch.float16: "F16",
+    torch.bfloat16: "BF16",
+    torch.int64: "I64",
+    torch.int32: "I32",
+    torch.int16: "I16",
+    torch.int8: "I8",
+    torch.uint8: "U8",
+    torch.bool: "BOOL",
+}
+_DTYPES = {code: dtype for dtype, code in SAFETENSORS_DTYPES.items()}
+MONO_INTERNVL = "a Mono-InternVL already"
+# What a snapshot of the Hub needs; of weights in both formats, safetensors.
+_HUB_FILES = ["*.json", "tokenizer.model", "*.jinja", "README.md", "LICENSE*", "NOTICE*"]
+
+
+class TensorInfo(NamedTuple):
+    """Where a tensor lies and what it is."""
+
+    file: Path
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+
+
+class Origin(NamedTuple):
+    """Where a checkpoint came from: the folder's name, or a Hub id and its commit."""
+
+    name: str
+    hub_id: str | None = None
+    commit: str | None = None
+
+
+def find_source(source: str | os.PathLike[str]) -> tuple[Path, Origin]:
+    """A folder as it is; a Hub id (`owner/name` or `owner/name@revision`) is downloaded into the Hub's cache.
+
+    Raises:
+        FileNotFoundError: neither a folder nor a Hub id.
+        ValueError: a folder without config.json.
+    """
+    folder = Path(source).expanduser()
+    if folder.is_dir():
+        if not (folder / "config.json").is_file():
+            raise ValueError(f"{source} is not a model folder: it has no config.json")
+        return folder, Origin(folder.resolve().name)
+    match = re.fullmatch(r"([\w.-]+/[\w.-]+)(?:@(.+))?", str(source))
+    if folder.exists() or not match or str(source).startswith("."):
+        raise FileNotFoundError(f"no such model folder: {source} (a Hub id looks like owner/name)")
+    from huggingface_hub import HfApi, snapshot_download
+
+    repo, revision = match.groups()
+    names = HfApi().list_repo_files(repo, revision=revision)
+    weights = "*.safetensors" if any(name.endswith(".safetensors") for name in names) else "*.bin"
+    folder = Path(snapshot_download(repo, revision=revision, allow_patterns=[*_HUB_FILES, weights]))
+    return folder, Origin(repo, repo, folder.name)
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """A JSON file that holds an object.
+
+    Raises:
+        ValueError: it does not; names the file.
+    """
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ValueError(f"{path} is not JSON: {error}") from error
+    if not isinstance(content, dict):
+        raise ValueError(f"{path} must hold a JSON object, not {type(content).__name__}")
+    return content
+
+
+class Checkpoint:
+    """The weights of a folder, in safetensors or pickles, sharded or not, with an index or without one.
+
+    Attributes:
+        config: content of `config.json`.
+        files: weight files.
+        tensors: name -> file, shape, dtype; nothing is read for it but headers.
+
+    Raises:
+        FileNotFoundError: no weights, or a shard that the index names is not there.
+        ValueError: a file that is damaged, wants to run code, or lacks a tensor that the index says it holds.
+    """
+
+    def __init__(self, folder: Path):
+        self.folder = folder
+        self.config = read_json(folder / "config.json")
+        self.index, placed = _find_weights(folder)
+        self.files = sorted(placed)
+        self.tensors: dict[str, TensorInfo] = {}
+        for file in self.files:
+            names = placed[file]
+            found = dict(_describe(file, _open(file, names)))
+            for name in names:
+                if name not in found:
+                    raise ValueError(f"{file} does not hold {name}, although {self.index} says so")
+            for name, info in found.items():
+                if name in self.tensors:
+                    raise ValueError(f"{name} is in {self.tensors[name].file} and in {file}")
+                self.tensors[name] = info
+        self.close()
+
+    def __enter__(self) -> Checkpoint:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Let go of the file that is mapped."""
+        self._file: Path | None = None
+        self._handle: Any = None
+        self._mapped = 0
+
+    def rows(self, name: str, start: int, stop: int) -> torch.Tensor:
+        """Rows `start` to `stop` of a tensor, mapped."""
+        file, shape, dtype = self.tensors[name]
+        if file != self._file or self._mapped > _REMAP_BYTES:
+            self.close()
+            self._file, self._handle = file, _open(file)
+        part = self._handle[name] if isinstance(self._handle, dict) else self._handle.get_slice(name)
+        rows = part[start:stop]
+        self._mapped += rows.nbytes + _READ_AROUND_BYTES
+        return rows
+
+    def pieces(self, name: str) -> Iterator[torch.Tensor]:
+        """A tensor as consecutive rows, about `PIECE_BYTES` each."""
+        _, shape, dtype = self.tensors[name]
+        row_bytes = max(torch.Size(shape[1:]).numel() * dtype.itemsize, 1)
+        step = max(PIECE_BYTES // row_bytes, 1)
+        for start in range(0, shape[0], step):
+            yield self.rows(name, start, start + step)
+
+    def read(self, name: str) -> torch.Tensor:
+        """A whole tensor, mapped."""
+        return self.rows(name, 0, self.tensors[name].shape[0])
+
+
+def _find_weights(folder: Path) -> tuple[Path | None, dict[Path, list[str]]]:
+    """The index, if there is one, and the weight files with the tensors that the index says they hold."""
+    for single in ("model.safetensors", "pytorch_model.bin"):
+        index = folder / f"{single}.index.json"
+        if index.is_file():
+            return index, _read_index(index)
+        if (folder / single).is_file():
+            return None, {folder / single: []}
+    for pattern in ("*.safetensors", "pytorch_model*.bin"):
+        if files := sorted(folder.glob(pattern)):
+            return None, {file: [] for file in files}
+    raise FileNotFoundError(f"{folder} holds no weights: no *.safetensors and no pytorch_model*.bin")
+
+
+def _read_index(index: Path) -> dict[Path, list[str]]:
+    weight_map = read_json(index).get("weight_map")
+    if not isinstance(weight_map, dict) or not weight_map:
+        raise ValueError(f"{index} has no weight_map")
+    placed: dict[Path, list[str]] = {}
+    for name, file in weight_map.items():
+        if not isinstance(file, str) or Path(file).name != file:
+            raise ValueError(f"{index}: {name} is said to be in {file!r}, which is not the name of a file beside it")
+        placed.setdefault(index.parent / file, []).append(name)
+    for path, names in placed.items():
+        if not path.is_file():
+            others = f" and {len(names) - 1} other tensors" if len(names) > 1 else ""
+            raise FileNotFoundError(f"{path} is missing; {index.name} says that it holds {names[0]}{others}")
+    return placed
+
+
+def _open(path: Path, names: list[str] | None = None) -> Any:
+    """A safetensors handle, or the dict of a pickle, mapped; `names`: tensors that should be in it, for messages."""
+    if path.suffix == ".safetensors":
+        try:
+            return safe_open(path, framework="pt")
+        except (SafetensorError, OSError) as error:
+            lost = _first_cut_tensor(path) or next(iter(names or []), None)
+            raise ValueError(_damaged(path, lost, error)) from error
+    with path.open("rb") as file:
+        is_zip_archive = file.read(4) == b"PK\x03\x04"
+    lost = next(iter(names or []), None)
+    # A zip archive's directory is at its end.
+    if path.stat().st_size == 0 or (is_zip_archive and not zipfile.is_zipfile(path)):
+        raise ValueError(_damaged(path, lost, "its end is missing"))
+    try:
+        state = torch.load(path, map_location="cpu", weights_only=True, mmap=is_zip_archive)
+    except pickle.UnpicklingError as error:
+        reason = str(error).split("WeightsUnpickler error: ")[-1].splitlines()[0].strip()
+        raise ValueError(
+            f"{path} is refused: it is not a plain pickle of tensors, and nothing in it was executed ({reason})"
+        ) from error
+    except (RuntimeError, EOFError, OSError) as error:
+        raise ValueError(_damaged(path, lost, error)) from error
+    if not isinstance(state, dict):
+        raise ValueError(f"{path} must hold a dict of tensors, not {type(state).__name__}")
+    for name, value in state.items():
+        if not isinstance(value, torch.Tensor):
+            raise ValueError(f"{path}: {name!r} is not a tensor but {type(value).__name__}")
+    return state
+
+
+def _damaged(path: Path, tensor: str | None, reason: Exception | str) -> str:
+    first_line = str(reason).strip().splitlines()[0] if str(reason).strip() else type(reason).__name__
+    return f"{path} is damaged or truncated ({first_line})" + (f"; it should hold {tensor}" if tensor else "")
+
+
+def _first_cut_tensor(path: Path) -> str | None:
+    """The first tensor of a safetensors file that reaches over the file's end, if its header can be read."""
+    size = path.stat().st_size
+    with path.open("rb") as file:
+        length = int.from_bytes(file.read(8), "little")
+        if not 0 < length < size:
+            return None
+        try:
+            header = json.loads(file.read(length))
+            ends = {name: value["data_offsets"][1] for name, value in header.items() if name != "__metadata__"}
+        except (ValueError, TypeError, KeyError, IndexError, AttributeError):
+            return None
+    cut = [name for name, end in sorted(ends.items(), key=lambda item: item[1]) if end > size - 8 - length]
+    return cut[0] if cut else None
+
+
+def _describe(file: Path, handle: Any) -> Iterator[tuple[str, TensorInfo]]:
+    if isinstance(handle, dict):
+        for name, tensor in handle.items():
+            yield name, TensorInfo(file, tuple(tensor.shape), tensor.dtype)
+        return
+    for name in handle.keys():  # noqa: SIM118 (not a dict)
+        part = handle.get_slice(name)
+        if part.get_dtype() not in _DTYPES:
+            raise ValueError(f"{file}: {name} has the dtype {part.get_dtype()}, which is not supported")
+        yield name, TensorInfo(file, tuple(part.get_shape()), _DTYPES[part.get_dtype()])
+
+
+# ---------------------------------------------------------------------------------------------------- what a folder is
+
+
+def vision_kind(values: dict[str, Any]) -> str | None:
+    """What a config with a vision side describes, in words; None for others."""
+    kind = values.get("model_type")
+    tower = (values.get("vision_config") or {}).get("model_type")
+    if kind in ("intern_vit_6b", "internvl_vision", "intern_vit_patch"):
+        return f"the vision tower ({kind}) of a modular InternVL; Mono-InternVL has no vision encoder"
+    if kind == "mono_internvl" or tower == "intern_vit_patch":
+        return MONO_INTERNVL
+    if kind in ("internvl_chat", "internvl"):
+        return f"a modular InternVL with a vision tower ({tower or 'vision encoder'}), not a Mono-InternVL"
+    return None
+
+
+def encoder_tensor(source: Checkpoint) -> str | None:
+    """A tensor of a vision encoder's layers, if there is one."""
+    encoders = ("encoder.layers.", "encoder.layer.", "vision_tower.")
+    return next((name for name in source.tensors if any(part in name for part in encoders)), None)

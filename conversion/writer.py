@@ -1,0 +1,327 @@
+"""Carrying a plan out: shard after shard into a folder beside the destination, which is renamed at the end.
+
+The temporary folder's name holds a key of the source and all options, so that the same command finds its own unfinished
+work. `progress.json` in it lists finished shards with their sha256; a shard counts as finished once it is on the disk
+(fsync) and was hashed from there. On a restart each is hashed again, and written anew where it differs.
+
+Hashing is what costs (a fraction of a gigabyte a second on a core without SHA instructions), so files are hashed by
+threads while later ones are written.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+import os
+import re
+import shutil
+import tempfile
+import threading
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from filelock import FileLock, Timeout
+
+from .plan import Output, Plan, produce
+from .source import SAFETENSORS_DTYPES, Checkpoint, read_json
+
+
+logger = logging.getLogger(__name__)
+
+MANIFEST = "conversion.json"
+SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
+_PROGRESS, _LOCK = "progress.json", ".lock"
+_READ_BYTES = 8 << 20
+# Beyond this the disk is the limit.
+_HASHERS = min(os.cpu_count() or 1, 8)
+# Room for what lies beside the weights.
+_OTHER_FILES_BYTES = 64 << 20
+_UNITS = {"": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
+
+# (bytes done, bytes in all)
+Progress = Callable[[int, int], None]
+
+
+def parse_size(size: int | str) -> int:
+    """`2GB`, `500MB`, `1GiB` or a number of bytes.
+
+    Raises:
+        ValueError: not one of them, or not positive.
+    """
+    match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([A-Za-z]*)\s*", str(size))
+    if not match or match[2].upper() not in _UNITS or float(match[1]) <= 0:
+        raise ValueError(f"max_shard_size={size!r} must be a positive number of bytes, or such as 2GB or 500MB")
+    return int(float(match[1]) * _UNITS[match[2].upper()])
+
+
+# --------------------------------------------------------------------------------------------------------------- folder
+
+
+def check_destination(destination: Path) -> None:
+    """Refuse, before any work, a folder that holds something or cannot be made.
+
+    Raises:
+        FileExistsError: it is a file, or not empty.
+        OSError: nothing can be written beside it (read-only, no permission).
+    """
+    if destination.exists() and not destination.is_dir():
+        raise FileExistsError(f"{destination} is a file; the destination is a folder")
+    if destination.is_dir() and any(destination.iterdir()):
+        raise FileExistsError(f"{destination} is not empty")
+    ancestor = _nearest_folder(destination)
+    try:
+        with tempfile.TemporaryFile(dir=ancestor):
+            pass
+    except OSError as error:
+        raise OSError(f"{destination} cannot be written: {error.strerror or error} ({ancestor})") from error
+
+
+def _nearest_folder(path: Path) -> Path:
+    return next(parent for parent in path.absolute().parents if parent.is_dir())
+
+
+def job_key(source: Checkpoint, *facts: Any) -> str:
+    """Changes with the source's files (name, size, time), the options and the plan."""
+    stats = [
+        (path.name, status.st_size, status.st_mtime_ns)
+        for path in sorted(source.folder.iterdir())
+        if path.is_file() and (status := path.stat())
+    ]
+    return hashlib.sha256(repr((stats, *facts)).encode()).hexdigest()[:12]
+
+
+@contextmanager
+def temporary_folder(destination: Path, key: str, nbytes: int) -> Iterator[Path]:
+    """A folder beside `destination` for `nbytes` of weights; left as it is when the block fails, to be resumed.
+
+    Raises:
+        OSError: not enough space; says how much is needed. Or another process is at the same work.
+    """
+    folder = destination.absolute().with_name(f"{destination.name}.{key}.partial")
+    for stale in sorted(folder.parent.glob(f"{destination.name}.*.partial")):
+        if stale != folder:
+            logger.warning("%s is left from an interrupted run with another source or other options", stale)
+    there = sum(path.stat().st_size for path in folder.glob("*.safetensors*")) if folder.is_dir() else 0
+    needed = max(nbytes - there, 0) + _OTHER_FILES_BYTES
+    free = shutil.disk_usage(_nearest_folder(destination)).free
+    if free < needed:
+        raise OSError(f"not enough disk for {destination}: {needed / 1e9:.2f} GB needed, {free / 1e9:.2f} GB free")
+    folder.mkdir(parents=True, exist_ok=True)
+    try:
+        with FileLock(folder / _LOCK, timeout=0):
+            yield folder
+    except Timeout as error:
+        raise OSError(f"another process is writing {destination} (in {folder})") from error
+
+
+def publish_folder(folder: Path, destination: Path) -> None:
+    """Make the finished temporary folder the destination, durably."""
+    for path in folder.iterdir():
+        if path.is_file():
+            _fsync(path)
+    for name in (_PROGRESS, _LOCK):
+        (folder / name).unlink(missing_ok=True)
+    _fsync(folder)
+    if destination.is_dir():
+        destination.rmdir()
+    folder.rename(destination)
+    _fsync(destination.absolute().parent)
+
+
+def _fsync(path: Path) -> None:
+    if path.is_dir() and os.name == "nt":
+        return  # Windows opens no folders
+    descriptor = os.open(path, os.O_RDONLY if path.is_dir() else os.O_RDWR)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def write_json(path: Path, content: Any) -> None:
+    """To a temporary name, synced, then renamed."""
+    temporary = path.with_name(path.name + ".part")
+    temporary.write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+    _fsync(temporary)
+    temporary.replace(path)
+
+
+# --------------------------------------------------------------------------------------------------------------- shards
+
+
+def hash_file(path: Path) -> str:
+    """sha256 of a file as hexadecimal digits."""
+    digest, buffer = hashlib.sha256(), bytearray(_READ_BYTES)
+    with path.open("rb", buffering=0) as file:
+        while count := file.readinto(buffer):
+            digest.update(memoryview(buffer)[:count])
+    return digest.hexdigest()
+
+
+def split_into_shards(plan: Plan, max_bytes: int) -> dict[str, list[Output]]:
+    """File name -> outputs, in order; a tensor larger than `max_bytes` has a file of its own."""
+    groups: list[list[Output]] = [[]]
+    size = 0
+    for output in plan.outputs:
+        if groups[-1] and size + output.nbytes > max_bytes:
+            groups.append([])
+            size = 0
+        groups[-1].append(output)
+        size += output.nbytes
+    if len(groups) == 1:
+        return {SINGLE: groups[0]}
+    return {f"model-{i + 1:05d}-of-{len(groups):05d}.safetensors": group for i, group in enumerate(groups)}
+
+
+class _Finished:
+    """`progress.json`: finished shards, as {file: {sha256, bytes, not_finite}}."""
+
+    def __init__(self, folder: Path):
+        self.path, self._lock = folder / _PROGRESS, threading.Lock()
+        self.shards: dict[str, dict[str, Any]] = {}
+        if self.path.exists():
+            recorded = read_json(self.path)
+            with ThreadPoolExecutor(_HASHERS) as pool:
+                hashes = dict(zip(recorded, pool.map(lambda name: self._hash(folder / name), recorded), strict=True))
+            self.shards = {name: entry for name, entry in recorded.items() if hashes[name] == entry["sha256"]}
+
+    @staticmethod
+    def _hash(path: Path) -> str | None:
+        return hash_file(path) if path.is_file() else None
+
+    def add(self, temporary: Path, path: Path, not_finite: list[str]) -> None:
+        """Sync, hash, rename and record a shard that was written under a temporary name."""
+        _fsync(temporary)
+        entry = {"sha256": hash_file(temporary), "bytes": temporary.stat().st_size, "not_finite": not_finite}
+        with self._lock:
+            temporary.replace(path)
+            self.shards[path.name] = entry
+            write_json(self.path, self.shards)
+
+
+def write_shards(
+    plan: Plan, source: Checkpoint, folder: Path, max_bytes: int, progress: Progress | None
+) -> tuple[dict[str, dict[str, Any]], dict[str, dict[str, Any]]]:
+    """Write the plan's shards that are not finished, and the index.
+
+    Returns:
+        Inputs and outputs as {file: {sha256, bytes}}; outputs also have `not_finite`, names of tensors with NaN or
+        infinite values.
+    """
+    shards = split_into_shards(plan, max_bytes)
+    finished = _Finished(folder)
+    done = 0
+    with ThreadPoolExecutor(_HASHERS) as pool:
+        jobs = []
+        try:
+            for name, outputs in shards.items():
+                if name in finished.shards:
+                    done += sum(output.nbytes for output in outputs)
+                    continue
+                temporary = folder / f"{name}.part"
+                not_finite: list[str] = []
+                with temporary.open("wb", buffering=0) as file:
+                    outputs = _aligned(outputs)
+                    _write_all(file, _header(outputs))
+                    for output in outputs:
+                        finite = True
+                        for piece in produce(output, plan, source):
+                            finite = finite and _is_finite(piece)
+                            done += _write_all(file, piece.flatten().view(torch.uint8).numpy().data)
+                            if progress is not None:
+                                progress(done, plan.nbytes)
+                        if not finite:
+                            not_finite.append(output.name)
+                jobs.append(pool.submit(finished.add, temporary, folder / name, not_finite))
+                for job in jobs:
+                    if job.done():
+                        job.result()
+            # After the outputs, so that an interrupted run has recorded as many of them as can be.
+            inputs = dict(zip(source.files, pool.map(hash_file, source.files), strict=True))
+            for job in jobs:
+                job.result()
+        except BaseException:
+            pool.shutdown(cancel_futures=True)
+            raise
+    hashed = {file.name: {"sha256": sha256, "bytes": file.stat().st_size} for file, sha256 in inputs.items()}
+    if len(shards) > 1:
+        weight_map = {output.name: name for name, outputs in shards.items() for output in outputs}
+        write_json(folder / INDEX, {"metadata": {"total_size": plan.nbytes}, "weight_map": weight_map})
+    return hashed, {name: finished.shards[name] for name in shards}
+
+
+def _aligned(outputs: list[Output]) -> list[Output]:
+    """Wide dtypes first, as safetensors orders them: every tensor then starts at a multiple of its item size."""
+    return sorted(outputs, key=lambda output: -output.dtype.itemsize)
+
+
+def _header(outputs: list[Output]) -> bytes:
+    """The head of a safetensors file: its length in 8 bytes, then JSON, padded to a multiple of 8."""
+    entries: dict[str, Any] = {"__metadata__": {"format": "pt"}}
+    start = 0
+    for output in outputs:
+        end = start + output.nbytes
+        dtype = SAFETENSORS_DTYPES[output.dtype]
+        entries[output.name] = {"dtype": dtype, "shape": list(output.shape), "data_offsets": [start, end]}
+        start = end
+    text = json.dumps(entries, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)
+    return len(text).to_bytes(8, "little") + text
+
+
+def _write_all(file: Any, data: bytes | memoryview) -> int:
+    """All bytes: an unbuffered file may take fewer at once (Linux stops at 2 GiB)."""
+    rest = memoryview(data)
+    while rest:
+        rest = rest[file.write(rest) :]
+    return len(data)
+
+
+def _is_finite(piece: torch.Tensor) -> bool:
+    """Whether there is no NaN and no infinity. A sum is many times faster than a look at each value, and catches both;
+    only where it is not finite (it may also overflow) the values are looked at."""
+    return bool(torch.isfinite(piece.sum())) or bool(torch.isfinite(piece).all())
+
+
+# ------------------------------------------------------------------------------------------------------------- manifest
+
+
+def check_checkpoint(folder: str | os.PathLike[str], progress: Progress | None = None) -> int:
+    """Hash the weight files of a converted checkpoint again and compare with its `conversion.json`.
+
+    Returns:
+        The number of files compared.
+
+    Raises:
+        FileNotFoundError: no manifest. ValueError: files are missing, changed or not listed; names them.
+    """
+    folder = Path(folder)
+    if not (folder / MANIFEST).is_file():
+        raise FileNotFoundError(f"{folder} has no {MANIFEST}: it was not made by expand or convert")
+    outputs = read_json(folder / MANIFEST).get("outputs")
+    try:
+        recorded = {name: (entry["sha256"], entry["bytes"]) for name, entry in outputs.items()}  # type: ignore[union-attr]
+    except (KeyError, TypeError, AttributeError) as error:
+        raise ValueError(f"{folder / MANIFEST} does not list the outputs with sha256 and bytes") from error
+    problems, done, total = [], 0, sum(size for _, size in recorded.values())
+    for name, (sha256, size) in recorded.items():
+        path = folder / name
+        if Path(name).name != name or not path.is_file():
+            problems.append(f"{name} is missing")
+        elif path.stat().st_size != size:
+            problems.append(f"{name} has {path.stat().st_size} bytes, not {size}")
+        elif hash_file(path) != sha256:
+            problems.append(f"{name} has another sha256")
+        done += size
+        if progress is not None:
+            progress(done, total)
+    strangers = sorted(path.name for path in folder.glob("*.safetensors") if path.name not in recorded)
+    problems += [f"{name} is not listed" for name in strangers]
+    if problems:
+        raise ValueError(f"{folder} is not what {MANIFEST} says: {'; '.join(problems)}")
+    return len(recorded)

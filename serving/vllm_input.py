@@ -1,0 +1,248 @@
+"""vLLM's input side: folder -> configuration and tokenizer, request -> the ids and pixels that `generate` would get.
+
+ConfigParser       config.json of either layout -> the configuration the engine is given
+EngineSettings     choices that belong to this model: its tokenizer mode, no float16
+ChatTokenizer      a chat template that tells typed text from control tokens
+ChatRenderer       lets it give ids at once, because a finished string no longer shows what was typed
+PictureProcessor   pictures -> tiles; one placeholder per picture -> as many as it has visual tokens
+"""
+
+import copy
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from functools import lru_cache
+from typing import Any
+
+import torch
+from huggingface_hub.constants import HF_HUB_OFFLINE
+from transformers import BatchFeature, PreTrainedConfig
+from vllm.config.multimodal import MultiModalDummyOptions
+from vllm.inputs import MultiModalDataDict
+from vllm.model_executor.models.config import VerifyAndUpdateConfig
+from vllm.multimodal.inputs import MultiModalFieldConfig, MultiModalKwargsItems
+from vllm.multimodal.parse import MultiModalDataItems
+from vllm.multimodal.processing import (
+    BaseDummyInputsBuilder,
+    BaseMultiModalProcessor,
+    BaseProcessingInfo,
+    PromptReplacement,
+    PromptUpdate,
+)
+from vllm.renderers.hf import HfRenderer
+from vllm.renderers.params import ChatParams
+from vllm.tokenizers.hf import get_cached_tokenizer
+from vllm.transformers_utils.config import HFConfigParser
+
+from ..configuration_mono_internvl import MonoInternVLConfig
+from ..processing_mono_internvl import MonoInternVLProcessor
+from .checkpoint import is_mono_internvl, serving_config
+from .vllm_plugin import TOKENIZER_MODE
+
+
+TILE_OPTIONS = ("min_tiles", "max_tiles", "use_thumbnail", "max_pixels")
+
+
+# -------------------------------------------------------------------------------------------- the folder's small files
+
+
+class ConfigParser(HFConfigParser):
+    """Takes the folders of this model, in both layouts; all others are parsed as vLLM does."""
+
+    def parse(self, model, trust_remote_code, revision=None, code_revision=None, **kwargs):  # type: ignore[no-untyped-def]
+        config, _ = PreTrainedConfig.get_config_dict(
+            model, revision=revision, token=kwargs.get("token"), local_files_only=HF_HUB_OFFLINE
+        )
+        if not is_mono_internvl(config):
+            return super().parse(model, trust_remote_code, revision, code_revision, **kwargs)
+        served = serving_config(config)
+        served.name_or_path = str(model)
+        return config, served
+
+
+class EngineSettings(VerifyAndUpdateConfig):
+    """What vLLM's options become for this model."""
+
+    @staticmethod
+    def verify_and_update_model_config(model_config) -> None:  # type: ignore[no-untyped-def]
+        """Choose our tokenizer mode unless the caller named one.
+
+        Raises:
+            ValueError: float16, in which activations overflow to NaN.
+        """
+        if model_config.dtype == torch.float16:
+            raise ValueError("Mono-InternVL overflows to NaN in float16: use --dtype bfloat16 or float32")
+        if model_config.tokenizer_mode == "auto":
+            model_config.tokenizer_mode = TOKENIZER_MODE
+
+
+@lru_cache(maxsize=4)
+def load_processor(path: str, revision: str | None) -> MonoInternVLProcessor:
+    """The processor of a folder of either layout; an official `tokenizer.model` is converted once per process."""
+    return MonoInternVLProcessor.from_pretrained(path, revision=revision or "main")
+
+
+class ChatTokenizer:
+    """Mixed into the folder's tokenizer: chats are rendered by the processor, which knows what was typed."""
+
+    processor: MonoInternVLProcessor
+
+    def apply_chat_template(  # type: ignore[no-untyped-def]
+        self, conversation, tools=None, chat_template=None, tokenize=True, return_dict=False, **kwargs
+    ):
+        """As in transformers, without pictures: ids hold one placeholder for each."""
+        if not tokenize:
+            return self.processor.apply_chat_template(conversation, chat_template, tools=tools, **kwargs)
+        ids = self.processor.chat_token_ids(conversation, chat_template, tools=tools, **kwargs)
+        return {"input_ids": ids} if return_dict else ids
+
+
+class ChatTokenizerLoader:
+    """What vLLM's tokenizer registry asks for a tokenizer."""
+
+    @classmethod
+    def from_pretrained(cls, path, *args, revision=None, truncation_side=None, **kwargs):  # type: ignore[no-untyped-def]
+        processor = load_processor(str(path), revision)
+        tokenizer = copy.copy(processor.tokenizer)
+        tokenizer.__class__ = type("ChatTokenizer", (ChatTokenizer, type(tokenizer)), {})
+        tokenizer.processor, tokenizer.chat_template = processor, processor.chat_template
+        tokenizer.name_or_path = str(path)
+        if truncation_side is not None:
+            tokenizer.truncation_side = truncation_side
+        return get_cached_tokenizer(tokenizer)
+
+
+class ChatRenderer(HfRenderer):
+    """vLLM's renderer, which would encode the finished string; here chats become ids in one step."""
+
+    def render_messages(self, messages, params):  # type: ignore[no-untyped-def]
+        return super().render_messages(messages, _tokenized(params))
+
+    async def render_messages_async(self, messages, params):  # type: ignore[no-untyped-def]
+        return await super().render_messages_async(messages, _tokenized(params))
+
+
+def _tokenized(params: ChatParams) -> ChatParams:
+    return replace(params, chat_template_kwargs={**params.chat_template_kwargs, "tokenize": True})
+
+
+# ------------------------------------------------------------------------------------------------------------ pictures
+
+
+class PictureInfo(BaseProcessingInfo):
+    """Sizes that vLLM plans with."""
+
+    def get_hf_config(self) -> MonoInternVLConfig:
+        return self.ctx.get_hf_config(MonoInternVLConfig)
+
+    def get_hf_processor(self, **kwargs: object) -> MonoInternVLProcessor:
+        """
+        Raises:
+            ValueError: the tokenizer's `<IMG_CONTEXT>` is not the configuration's.
+        """
+        model = self.ctx.model_config
+        processor = load_processor(model.model, model.revision)
+        expected = self.get_hf_config().image_token_id
+        if processor.image_token_id != expected:
+            raise ValueError(
+                f"image_token_id={expected} in the configuration of {model.model}, but <IMG_CONTEXT> is "
+                f"{processor.image_token_id} in its tokenizer; they must match"
+            )
+        return processor
+
+    def get_supported_mm_limits(self) -> Mapping[str, int | None]:
+        return {"image": None}
+
+    def tile_options(self, kwargs: Mapping[str, object]) -> dict[str, Any]:
+        """The server's and the request's `mm_processor_kwargs` as options of the image processor.
+
+        Raises:
+            ValueError: an option that is not one of `TILE_OPTIONS`.
+        """
+        options = self.ctx.get_merged_mm_kwargs(kwargs)
+        unknown = [name for name in options if name not in TILE_OPTIONS]
+        if unknown:
+            raise ValueError(
+                f"mm_processor_kwargs: {', '.join(unknown)} not known; allowed are {', '.join(TILE_OPTIONS)}"
+            )
+        return options
+
+    def largest_picture(self) -> tuple[int, int]:
+        """(width, height) of a picture that gets every tile there is: one row of `max_tiles` squares."""
+        processor = self.get_hf_processor().image_processor
+        tiles = self.tile_options({}).get("max_tiles", processor.max_tiles)
+        return tiles * processor.tile_size, processor.tile_size
+
+    def get_mm_max_tokens_per_item(self, seq_len: int, mm_counts: Mapping[str, int]) -> Mapping[str, int]:
+        processor = self.get_hf_processor()
+        width, height = self.largest_picture()
+        options = {name: value for name, value in self.tile_options({}).items() if name != "max_pixels"}
+        tiles = processor.image_processor.get_number_of_tiles(height, width, **options)
+        return {"image": tiles * processor.tokens_per_tile}
+
+
+class LargestInputs(BaseDummyInputsBuilder[PictureInfo]):
+    """The inputs that vLLM measures memory with."""
+
+    def get_dummy_text(self, mm_counts: Mapping[str, int]) -> str:
+        return self.info.get_hf_processor().image_token * mm_counts.get("image", 0)
+
+    def get_dummy_mm_data(
+        self, seq_len: int, mm_counts: Mapping[str, int], mm_options: Mapping[str, MultiModalDummyOptions]
+    ) -> MultiModalDataDict:
+        width, height = self.info.largest_picture()
+        count, overrides = mm_counts.get("image", 0), mm_options.get("image")
+        images = self._get_dummy_images(width=width, height=height, num_images=count, overrides=overrides)  # type: ignore[arg-type]
+        return {"image": images}
+
+
+class PictureProcessor(BaseMultiModalProcessor[PictureInfo]):
+    """Pictures of a request -> `pixel_values` [tiles, patches, 3*28*28] and `num_tiles` [pictures]."""
+
+    def apply(self, inputs, timing_ctx):  # type: ignore[no-untyped-def]
+        """Share the request's tiles among its pictures, as `MonoInternVLProcessor` does.
+
+        Each picture is then made, and cached, on its own; its share is part of the cache's key.
+
+        Raises:
+            ValueError: the prompt's placeholders are not one for each picture.
+        """
+        pictures = inputs.mm_data_items.get_all_counts().get("image", 0)
+        placeholders = inputs.prompt.count(self.info.get_hf_config().image_token_id)
+        if placeholders != pictures:
+            raise ValueError(f"{placeholders} image placeholders in the prompt for {pictures} pictures; give one each")
+        options = self.info.tile_options(inputs.hf_processor_mm_kwargs)
+        shared = self.info.get_hf_processor().share_tiles(options, pictures)
+        return super().apply(replace(inputs, hf_processor_mm_kwargs=shared), timing_ctx)
+
+    def _call_hf_processor(self, hf_data: Mapping[str, object], hf_kwargs: Mapping[str, object]) -> BatchFeature:
+        options = self.info.tile_options(hf_kwargs)
+        features = self.info.get_hf_processor().image_processor(hf_data["images"], return_tensors="pt", **options)
+        return BatchFeature(
+            {
+                "pixel_values": features["pixel_values"].to(self.info.ctx.model_config.dtype),
+                "num_tiles": torch.as_tensor(features["num_tiles"]),
+            }
+        )
+
+    def _get_mm_fields_config(
+        self, hf_inputs: BatchFeature, hf_processor_mm_kwargs: Mapping[str, object]
+    ) -> Mapping[str, MultiModalFieldConfig]:
+        tiles = hf_inputs.get("num_tiles", torch.empty(0, dtype=torch.int64))
+        return {
+            "pixel_values": MultiModalFieldConfig.flat_from_sizes("image", tiles),
+            "num_tiles": MultiModalFieldConfig.batched("image", keep_on_cpu=True),
+        }
+
+    def _get_prompt_updates(
+        self,
+        mm_items: MultiModalDataItems,
+        hf_processor_mm_kwargs: Mapping[str, object],
+        out_mm_kwargs: MultiModalKwargsItems,
+    ) -> Sequence[PromptUpdate]:
+        processor = self.info.get_hf_processor()
+
+        def visual_tokens(picture: int) -> list[int]:
+            tiles = out_mm_kwargs["image"][picture]["num_tiles"].data
+            return [processor.image_token_id] * (int(tiles) * processor.tokens_per_tile)
+
+        return [PromptReplacement(modality="image", target=[processor.image_token_id], replacement=visual_tokens)]

