@@ -36,7 +36,7 @@ class MonoInternVLForVLMEvalKit(BaseModel):
         """Ours where the paper has an ending, or the benchmark is of a kind that it has one for."""
         if DATASET_MODALITY(dataset) == "VIDEO":
             return False
-        return setting_for(dataset).ending is not None or DATASET_TYPE(dataset, default="none") in ("MCQ", "Y/N")
+        return setting_for(dataset).ending is not None or DATASET_TYPE(dataset) in ("MCQ", "Y/N")
 
     def build_prompt(self, line: pd.Series, dataset: str) -> list[dict[str, str]]:
         """Hint, question and options of a row, and the ending; the row's pictures first."""

@@ -279,13 +279,13 @@ def test_mixtures_follow_weights_and_shuffle_each_pass(data):
     keys = mixture([Source(records, weight=3.0), Source(records, weight=1.0)], seed=0)
     drawn = [next(keys) for _ in range(960)]
     assert 0.7 < sum(key.source == 0 for key in drawn) / 960 < 0.8
-    first = [key.index for key in drawn if key.source == 0]
+    first = [key.record for key in drawn if key.source == 0]
     assert sorted(first[:24]) == sorted(first[24:48]) == list(range(24)) and first[:24] != first[24:48]
     again = mixture([Source(records, weight=3.0), Source(records, weight=1.0)], seed=0)
     assert [next(again) for _ in range(960)] == drawn
     counts = [0] * 24
     for key in one_pass([Source(records, repeat=1.5)], 2, seed=1):
-        counts[key.index] += 1
+        counts[key.record] += 1
     assert counts == [3] * 24
     assert "weight" in error_of(lambda: next(mixture([Source(records, weight=1.0), Source(records)], 0)))
 

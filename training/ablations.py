@@ -46,7 +46,7 @@ from .trainer import EViPTrainer, weighted_loss_sum
 
 logger = logging.getLogger(__name__)
 
-DENSE = {
+DENSE: dict[str, Any] = {
     "hidden_size": 96,
     "intermediate_size": 256,
     "num_hidden_layers": 4,
@@ -157,11 +157,10 @@ def make_base(folder: Path, processor: MonoInternVLProcessor) -> Path:
         set_seed(0)
         tokenizer = processor.tokenizer
         config = LlamaConfig(
-            vocab_size=processor.image_token_ids[1],
             bos_token_id=tokenizer.bos_token_id,
             eos_token_id=tokenizer.eos_token_id,
             pad_token_id=tokenizer.pad_token_id,
-            **DENSE,
+            **{"vocab_size": processor.image_token_ids[1], **DENSE},
         )
         model = LlamaForCausalLM(config)
         fit(model, processor, PlateWorld("text", BASE_STEPS * BATCH), BASE_STEPS, 2e-3, 0, folder.with_name("work"))

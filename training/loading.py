@@ -30,7 +30,7 @@ class Key(NamedTuple):
     """A sample: which source, which record, and in which pack of the batch it goes."""
 
     source: int
-    index: int
+    record: int
     pack: int = 0
 
 
@@ -159,7 +159,7 @@ class Conversations(Dataset):
 
     def length_of(self, key: Key) -> int:
         """Tokens of a sample, without its pixels; 1 for a bad sample, which is met again when it is read."""
-        place = (key.source, key.index)
+        place = (key.source, key.record)
         if place not in self._lengths:
             if len(self._lengths) > 1_000_000:
                 self._lengths.popitem(last=False)
@@ -173,7 +173,7 @@ class Conversations(Dataset):
         return self._lengths[place]
 
     def _record(self, key: Key) -> Record:
-        return self.sources[key.source].records[key.index]
+        return self.sources[key.source].records[key.record]
 
     def _tiles(self, record: Record) -> int:
         return self.max_tiles if record.max_tiles is None else min(record.max_tiles, self.max_tiles)

@@ -228,7 +228,7 @@ def _with_lora(model: Any, options: Mapping[str, Any]) -> Any:
         raise ValueError(f"lora: needs groups, and knows {', '.join(sorted(known))}")
     config = LoraConfig(
         r=int(options.get("r", 16)),
-        lora_alpha=float(options.get("alpha", 32)),
+        lora_alpha=int(options.get("alpha", 32)),
         lora_dropout=float(options.get("dropout", 0.0)),
         target_modules=linear_modules(model, options["groups"]),
         task_type="CAUSAL_LM",
@@ -302,6 +302,9 @@ def _units(stage: Stage, sources: list[Source], processor: MonoInternVLProcessor
 
 def _arguments(stage: Stage, folder: Path, steps: int, per_rank: int) -> TrainingArguments:
     cuda = torch.cuda.is_available()
+    checkpointing: dict[str, Any] = {}
+    if stage.gradient_checkpointing:
+        checkpointing = {"gradient_checkpointing": True, "gradient_checkpointing_kwargs": {"use_reentrant": False}}
     return TrainingArguments(
         output_dir=str(folder),
         max_steps=steps,
@@ -318,8 +321,7 @@ def _arguments(stage: Stage, folder: Path, steps: int, per_rank: int) -> Trainin
         max_grad_norm=stage.max_grad_norm,
         bf16=stage.bf16 and cuda,
         tf32=True if cuda else None,
-        **({"gradient_checkpointing": True} if stage.gradient_checkpointing else {}),
-        gradient_checkpointing_kwargs={"use_reentrant": False} if stage.gradient_checkpointing else None,
+        **checkpointing,
         logging_steps=stage.log_steps,
         save_steps=stage.save_steps,
         save_total_limit=stage.keep_checkpoints,

@@ -47,7 +47,7 @@ class EViPTrainer(Trainer):
 
     def __init__(
         self,
-        *args: Any,
+        *,
         conversations: Conversations,
         batches: Batches,
         micro_batches: UnitBatches,
@@ -56,7 +56,7 @@ class EViPTrainer(Trainer):
     ):
         self.micro_batches, self.max_bad_share = micro_batches, max_bad_share
         self.samples_read, self.bad_samples, self.waited = 0, 0, 0.0
-        super().__init__(*args, train_dataset=conversations, data_collator=batches, **kwargs)
+        super().__init__(train_dataset=conversations, data_collator=batches, **kwargs)
         # The loss below divides by the step's weights itself.
         self.model_accepts_loss_kwargs = True
         # A dense language model, in the text stage, has no place for pixels.
@@ -131,7 +131,7 @@ class EViPTrainer(Trainer):
 
     def _save_checkpoint(self, model: torch.nn.Module, trial: Any) -> None:
         """Write to a temporary folder and rename it: a checkpoint is whole, or it is not there."""
-        runs = Path(self.args.output_dir)
+        runs = Path(str(self.args.output_dir))
         name = f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}"
         unfinished = runs / "unfinished"
         limit, self.args.save_total_limit = self.args.save_total_limit, None
