@@ -122,47 +122,6 @@ def test_accelerate_in_two_processes_of_which_one_may_have_no_picture(tmp_path):
     MonoInternVLForCausalLM.from_pretrained(tmp_path)
 
 
-FSDP2 = """
-import sys
-from pathlib import Path
-import torch, torch.distributed as dist
-from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.fsdp import fully_shard
-from mono_internvl import MonoInternVLForCausalLM, MonoInternVLProcessor
-from mono_internvl.training.data import Collator
-sys.path.insert(0, "examples")
-from records import encode_record, read_records
-
-processor = MonoInternVLProcessor.from_pretrained(".")
-with_picture, *_, text_only = (encode_record(processor, r) for r in read_records(Path("examples/plates.jsonl")))
-batches = [Collator(2)([with_picture]), Collator(2)([text_only])]
-
-def gradients(model, batch):
-    model.train()(**batch).loss.backward()
-    return {name: p.grad for name, p in model.named_parameters()}
-
-dist.init_process_group("gloo")
-expected = None
-for batch in batches:
-    found = gradients(MonoInternVLForCausalLM.from_pretrained(".", dtype=torch.float32), batch)
-    expected = found if expected is None else {name: (expected[name] + found[name]) / 2 for name in found}
-sharded = MonoInternVLForCausalLM.from_pretrained(".", dtype=torch.float32)
-mesh = init_device_mesh("cpu", (2,))
-for module in [m for m in sharded.modules() if type(m).__name__ in sharded._no_split_modules] + [sharded]:
-    fully_shard(module, mesh=mesh)
-for name, gradient in gradients(sharded, batches[dist.get_rank()]).items():
-    torch.testing.assert_close(gradient.full_tensor(), expected[name], rtol=1e-3, atol=1e-5)
-dist.barrier()
-dist.destroy_process_group()
-"""
-
-
-def test_fsdp2_gives_the_gradients_of_one_process(tmp_path):
-    """On CPUs accelerate offers no FSDP, so torch's own is called as accelerate does: layer by layer, then the rest."""
-    (tmp_path / "fsdp2.py").write_text(FSDP2)
-    launch("torch.distributed.run", "--standalone", "--nproc_per_node=2", tmp_path / "fsdp2.py")
-
-
 @pytest.mark.gpu
 @pytest.mark.parametrize("settings", ["fsdp2.yaml", "deepspeed.yaml"])
 def test_accelerate_configurations(settings, tmp_path):
