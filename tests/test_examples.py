@@ -3,6 +3,7 @@
 import importlib
 import importlib.util
 import os
+import re
 import subprocess
 import sys
 
@@ -173,6 +174,16 @@ def test_old_chat_gives_the_new_answers(example, tokenizer):
     batch = model.batch_chat(tokenizer, both, questions, config, num_patches_list=counts)
     assert batch == [first, model.chat(tokenizer, more, questions[1], config)]
     assert config == kept and history == turns
+
+
+def test_the_python_of_the_page_about_it_runs(example, tokenizer, monkeypatch):
+    example("legacy_chat")
+    monkeypatch.chdir(ROOT)
+    page = (ROOT / "docs" / "legacy.md").read_text(encoding="utf-8")
+    (block,) = re.findall(r"```python\n(.*?)```", page, flags=re.DOTALL)
+    names = {"model": nano(), "tokenizer": tokenizer}
+    exec(compile(block, "legacy.md", "exec"), names)
+    assert names["history"] == [("<image>\nHow many circles are there?", names["response"])]
 
 
 def test_old_chat_refuses_counts_that_differ(example, tokenizer):
