@@ -30,6 +30,7 @@ from transformers.masking_utils import create_causal_mask
 from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.modeling_outputs import BaseModelOutputWithPast, BaseModelOutputWithPooling, CausalLMOutputWithPast
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS, PreTrainedModel
+from transformers.quantizers.auto import AutoQuantizationConfig
 from transformers.utils import logging
 from transformers.utils.generic import can_return_tuple, merge_with_config_defaults
 from transformers.utils.output_capturing import capture_outputs
@@ -793,6 +794,8 @@ class MonoInternVLForCausalLM(MonoInternVLPreTrainedModel, GenerationMixin):
 
     _tied_weights_keys = {"lm_head.weight": "model.language_model.embed_tokens.weight"}
     _tp_plan = {"lm_head": "colwise_gather_output"}
+    # The way in and the way out keep their precision when weights are quantised: few weights, for every token's sake.
+    _unquantized_modules = ["model.vision_embeddings", "model.multi_modal_projector", "lm_head"]
 
     def __init__(self, config: MonoInternVLConfig):
         super().__init__(config)
@@ -833,6 +836,8 @@ class MonoInternVLForCausalLM(MonoInternVLPreTrainedModel, GenerationMixin):
             ValueError: weights are missing or unexpected (all are listed), unless the caller looks after them through
                 `output_loading_info=True` or `ignore_mismatched_sizes=True`.
         """
+        if kwargs.get("quantization_config") is not None:
+            kwargs["quantization_config"] = spare(kwargs["quantization_config"], cls._unquantized_modules)
         wants_info = kwargs.pop("output_loading_info", False)
         tolerant = wants_info or kwargs.get("ignore_mismatched_sizes", False)
         # Mis-shaped weights are listed below with the others; transformers' own error names none.
@@ -1107,6 +1112,17 @@ class MonoInternVLForCausalLM(MonoInternVLPreTrainedModel, GenerationMixin):
 def cpu_has_bfloat16_units() -> bool:
     """Whether matrix products in bfloat16 are fast on this CPU (x86 AMX or AVX512-BF16)."""
     return any(getattr(torch.cpu, name, bool)() for name in ("_is_amx_tile_supported", "_is_avx512_bf16_supported"))
+
+
+def spare(quantization: Any, modules: list[str]) -> Any:
+    """A copy of a quantisation config that leaves `modules` as they are, unless it names its own."""
+    if isinstance(quantization, dict):
+        quantization = AutoQuantizationConfig.from_dict(quantization)
+    quantization = copy.copy(quantization)
+    for name in ("modules_to_not_convert", "llm_int8_skip_modules"):
+        if getattr(quantization, name, modules) is None:
+            setattr(quantization, name, list(modules))
+    return quantization
 
 
 def place_images(prompt: str, count: int) -> str:

@@ -96,6 +96,22 @@ class MergeGroupedQKV(ConversionOps):
         return SplitGroupedQKV()
 
 
+class SplittingConverter(WeightConverter):
+    """Quantises what it splits one by one: torchao's operation takes one tensor of a conversion and drops the rest."""
+
+    __slots__ = ()
+
+    def convert(self, layer_name, model=None, config=None, hf_quantizer=None, loading_info=None):  # type: ignore[no-untyped-def,override]
+        tensors = super().convert(layer_name, model=model, config=config, loading_info=loading_info)
+        if hf_quantizer is None or self.quantization_operation is None:
+            return tensors
+        shared = {"model": model, "config": config, "missing_keys": loading_info.missing_keys if loading_info else None}
+        quantized: dict = {}
+        for name, tensor in tensors.items():
+            quantized |= self.quantization_operation.convert({name: tensor}, full_layer_name=name, **shared)
+        return quantized
+
+
 _FFN = {"w1": "gate_proj", "w3": "up_proj", "w2": "down_proj"}
 
 # (official, ours): regular expressions without groups, so that each side can serve as the pattern and as the text.
@@ -120,7 +136,7 @@ def checkpoint_mapping() -> list[WeightRenaming | WeightConverter]:
     """The conversion list in transformers' terms."""
     renamings = [WeightRenaming(source, target) for source, target in RENAMINGS]
     converters = [
-        WeightConverter(
+        SplittingConverter(
             f".attention.wqkv.{kind}",
             [f".self_attn.{part}_proj.{kind}" for part in "qkv"],
             operations=[SplitGroupedQKV()],

@@ -65,6 +65,20 @@ def route(input_ids: torch.Tensor, image_token_id: int, dtype: torch.dtype) -> R
     )
 
 
+@torch.library.custom_op("mono_internvl::multiply_by_expert", mutates_args=())
+def multiply_by_expert(rows: torch.Tensor, weight: torch.Tensor, ends: torch.Tensor) -> torch.Tensor:
+    """[N, in] sorted by expert, [2, out, in], int32 [2] where each expert's rows end -> [N, out].
+
+    An operator of its own because compilation (torch 2.13) takes a bare `grouped_mm` in bfloat16 only.
+    """
+    return F.grouped_mm(rows, weight.transpose(1, 2), offs=ends)
+
+
+@multiply_by_expert.register_fake
+def _(rows: torch.Tensor, weight: torch.Tensor, ends: torch.Tensor) -> torch.Tensor:
+    return rows.new_empty(rows.shape[0], weight.shape[1])
+
+
 class RoutedLinear(nn.Module):
     """A projection with a text and a visual matrix; a row is multiplied by one of them. Unquantised.
 
@@ -100,7 +114,7 @@ class RoutedLinear(nn.Module):
 
     def forward(self, x: torch.Tensor, routing: Routing) -> torch.Tensor:
         """[N, in] -> [N, out]."""
-        y = F.grouped_mm(x[routing.order], self.weight.transpose(1, 2), offs=routing.ends)
+        y = multiply_by_expert(x[routing.order], self.weight, routing.ends)
         y = torch.empty_like(y).index_copy(0, routing.order, y)
         if self.split_inputs and self.ranks > 1:
             y = tensor_model_parallel_all_reduce(y)
