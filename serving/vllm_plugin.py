@@ -11,8 +11,12 @@ vLLM calls `register` in each of its processes (entry point group `vllm.general_
 No remote code is run: `--trust-remote-code` is not needed. Other models are served as before.
 """
 
+import logging
+
 from .checkpoint import ARCHITECTURE
 
+
+logger = logging.getLogger(__name__)
 
 TOKENIZER_MODE = "mono_internvl"
 
@@ -20,8 +24,8 @@ TOKENIZER_MODE = "mono_internvl"
 def register() -> None:
     """Make the model known to vLLM; may be called more than once.
 
-    Raises:
-        ImportError: this vLLM lacks a place the plugin hooks into; names the versions it was tried with.
+    Where this vLLM lacks a place to hook into, nothing is registered and a warning says so: an error would keep vLLM
+    from serving other models.
     """
     try:
         from vllm import ModelRegistry
@@ -32,9 +36,12 @@ def register() -> None:
 
         from . import vllm_input
     except ImportError as error:
-        raise ImportError(
-            f"mono_internvl.serving does not fit this vLLM ({error}); it was made for 0.32: see serving/constraints.txt"
-        ) from error
+        logger.warning(
+            "Mono-InternVL cannot be served: its plugin does not fit this vLLM (%s); it was made for 0.32, see "
+            "serving/constraints.txt",
+            error,
+        )
+        return
 
     # By name, so that a process that only reads the configuration does not import the model.
     ModelRegistry.register_model(ARCHITECTURE, "mono_internvl.serving.vllm_model:MonoInternVLForServing")

@@ -110,9 +110,10 @@ def test_pictures_share_the_tiles_of_a_request(processor, pictures, share):
 
 
 @pytest.mark.skipif(HAS_VLLM, reason="vLLM is installed here")
-def test_without_vllm_the_plugin_says_what_it_needs():
-    with pytest.raises(ImportError, match=r"does not fit this vLLM .* serving/constraints.txt"):
-        register()
+def test_a_vllm_that_does_not_fit_is_a_warning(caplog):
+    register()
+    assert "does not fit this vLLM (No module named 'vllm')" in caplog.text
+    assert "made for 0.32, see serving/constraints.txt" in caplog.text
 
 
 def test_the_documented_versions_are_the_constraints():
