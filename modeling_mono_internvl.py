@@ -489,8 +489,8 @@ class MonoInternVLPreTrainedModel(PreTrainedModel):
         if isinstance(module, MonoInternVLVisionEmbeddings):
             init.normal_(module.position_embedding, mean=0.0, std=module.config.initializer_range)
             init.zeros_(module.class_embedding)
-            init.copy_(module.pixel_mean, torch.tensor(module.config.image_mean))
-            init.copy_(module.pixel_std, torch.tensor(module.config.image_std))
+            init.copy_(module.pixel_mean, torch.tensor(module.config.image_mean, dtype=torch.float32))
+            init.copy_(module.pixel_std, torch.tensor(module.config.image_std, dtype=torch.float32))
         elif isinstance(module, MonoInternVLRotaryEmbedding):
             init.copy_(module.inv_freq, module.initial_inv_freq())
 
