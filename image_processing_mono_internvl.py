@@ -422,14 +422,19 @@ def _deep_gray_to_uint8(image: Image.Image, name: str) -> np.ndarray:
     return gray
 
 
-def _to_rgb(image: Image.Image, name: str) -> Image.Image:
-    """A decoded picture of any mode -> RGB, transparency on white, upright."""
+def exif_orientation(image: Image.Image, name: str) -> int:
+    """How the camera was held, 1 to 8 (from 5 on width and height are exchanged); 1 where the EXIF data is damaged."""
     try:
-        orientation = image.getexif().get(_EXIF_ORIENTATION, 1)
+        return image.getexif().get(_EXIF_ORIENTATION, 1)
     except (OSError, SyntaxError, ValueError, LookupError, TypeError, AttributeError, struct.error) as error:
         # Damaged EXIF hides the orientation, not the picture.
         logger.debug("%s: unreadable EXIF data ignored: %s", name, error)
-        orientation = 1
+        return 1
+
+
+def _to_rgb(image: Image.Image, name: str) -> Image.Image:
+    """A decoded picture of any mode -> RGB, transparency on white, upright."""
+    orientation = exif_orientation(image, name)
     try:
         if image.mode in ("I", "F") or image.mode.startswith("I;16"):
             rgb = Image.fromarray(_deep_gray_to_uint8(image, name)).convert("RGB")

@@ -323,6 +323,12 @@ def test_a_picture_turned_by_exif_has_the_length_it_is_seen_with(tmp_path, proce
     assert conversations.length_of(Key(0, 0)) == len(conversations[Key(0, 0)][1]["input_ids"])
 
 
+def test_damaged_exif_hides_no_size(tmp_path):
+    Image.new("RGB", (300, 60), "white").save(tmp_path / "damaged.png", exif=b"Exif\0\0XX")
+    messages = [{"role": "user", "content": [{"type": "image", "image": str(tmp_path / "damaged.png")}]}]
+    assert picture_sizes(messages) == [(300, 60)]
+
+
 def both_ways(folder, processor, data, weighting):
     """The same eight samples in two packs and padded."""
     conversations = Conversations(open_sources([data / "train.jsonl"]), processor, max_tiles=4, max_length=400)

@@ -11,12 +11,12 @@ from typing import Any
 import torch
 from PIL import Image
 
-from ..image_processing_mono_internvl import load_image
+from ..image_processing_mono_internvl import exif_orientation, load_image
 from ..processing_mono_internvl import MonoInternVLProcessor
 
 
 IGNORED = -100
-_EXIF_ORIENTATION, _ON_ITS_SIDE = 0x0112, (5, 6, 7, 8)
+_ON_ITS_SIDE = (5, 6, 7, 8)
 
 Example = dict[str, torch.Tensor]
 
@@ -64,7 +64,7 @@ def picture_sizes(messages: Iterable[dict[str, Any]]) -> list[tuple[int, int]]:
                     width, height = opened.size
                     # Pillow decodes a PNG to look for EXIF behind the pixels, where nobody writes it.
                     has_exif = opened.format != "PNG" or "exif" in opened.info
-                    turned = has_exif and opened.getexif().get(_EXIF_ORIENTATION) in _ON_ITS_SIDE
+                    turned = has_exif and exif_orientation(opened, picture) in _ON_ITS_SIDE
                 sizes.append((height, width) if turned else (width, height))
             else:
                 sizes.append(load_image(picture).size)
