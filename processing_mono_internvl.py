@@ -128,7 +128,7 @@ class MonoInternVLProcessor(ProcessorMixin):
         processor class wants torchvision before 5.18, and an official folder names code that is not ours.)"""
         kwargs = {name: value for name, value in kwargs.items() if name not in ("trust_remote_code", "_from_auto")}
         return [
-            _load_image_processor(pretrained_model_name_or_path, **kwargs),
+            load_image_processor(pretrained_model_name_or_path, **kwargs),
             _load_tokenizer(pretrained_model_name_or_path, **kwargs),
         ]
 
@@ -254,11 +254,20 @@ class MonoInternVLProcessor(ProcessorMixin):
             sizes: width and height in pixels of each picture as it is seen (EXIF rotation applied).
             max_tiles: budget of the conversation's pictures; default: the image processor's.
         """
-        copies, _ = _take_images(messages, with_sources=False)
         options = self.share_tiles({} if max_tiles is None else {"max_tiles": max_tiles}, len(sizes))
         tiles = [self.image_processor.get_number_of_tiles(height, width, **options) for width, height in sizes]
-        prompt = self._with_bos(self._render_by_origin(copies, None, {}))
-        return len(self._encode(prompt, [count * self.tokens_per_tile for count in tiles])[0])
+        return len(self._ids_without_pixels(messages, None, {}, [count * self.tokens_per_tile for count in tiles]))
+
+    def _ids_without_pixels(
+        self,
+        messages: Sequence[dict[str, Any]],
+        chat_template: str | None,
+        variables: dict[str, Any],
+        tokens: list[int] | None,
+    ) -> list[int]:
+        """One conversation's ids, pictures unopened; `tokens` as for `_encode`."""
+        copies, _ = _take_images(messages, with_sources=False)
+        return self._encode(self._with_bos(self._render_by_origin(copies, chat_template, variables)), tokens)[0]
 
     def _render(self, messages: Sequence[dict[str, Any]], chat_template: str | None, variables: dict[str, Any]) -> str:
         """Render one conversation, which may be empty; it is not changed."""
@@ -622,9 +631,7 @@ class MonoInternVLProcessor(ProcessorMixin):
 
         Image parts need only their type; otherwise as `apply_chat_template` with `tokenize=True`, and as safe.
         """
-        messages, _ = _take_images(messages, with_sources=False)
-        prompt = self._with_bos(self._render_by_origin(messages, chat_template, variables))
-        return self._encode(prompt, None)[0]
+        return self._ids_without_pixels(messages, chat_template, variables, None)
 
     def _get_num_multimodal_tokens(
         self, image_sizes: Sequence[tuple[int, int]] | None = None, **kwargs: Any
@@ -767,7 +774,7 @@ def _read_json(path: str, name: str, **kwargs: Any) -> dict[str, Any]:
     return json.loads(Path(found).read_text(encoding="utf-8")) if found else {}
 
 
-def _load_image_processor(path: str, **kwargs: Any) -> MonoInternVLImageProcessor:
+def load_image_processor(path: str, **kwargs: Any) -> MonoInternVLImageProcessor:
     """Ours if the folder has one; else from an official `config.json`, which holds the tiling. Options override it."""
     chosen = {name: kwargs[name] for name in ("tile_size", *_IMAGE_OPTIONS) if kwargs.get(name) is not None}
     for name in ("processor_config.json", "preprocessor_config.json"):

@@ -112,27 +112,17 @@ def _drop(files: list[Path]) -> None:
 def _write(folder: Path, preset: str, layers: str) -> None:
     import torch
 
+    from ..conversion.convert import official_config
+    from ..image_processing_mono_internvl import MonoInternVLImageProcessor
     from .peers import build, preset_config
 
     config = preset_config(preset, int(layers) if layers else None)
     model = build(config, Place(torch.device("cpu"), torch.bfloat16))
     model.save_pretrained(folder, save_original_format=True)
-    text = config.text_config
-    official = {
-        "architectures": ["InternVLChatModel"],
-        "model_type": "internvl_chat",
-        "dtype": "bfloat16",
-        "vision_config": {"model_type": "intern_vit_patch", **config.vision_config.to_diff_dict()},
-        "llm_config": {
-            "architectures": ["InternLM2VEForCausalLM"],
-            **{
-                name: getattr(text, name)
-                for name in ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers")
-            },
-            **{name: getattr(text, name) for name in ("num_attention_heads", "num_key_value_heads", "rms_norm_eps")},
-        },
-    }
-    (folder / "config.json").write_text(json.dumps(official), encoding="utf-8")
+    config.dtype = torch.bfloat16
+    (folder / "config.json").write_text(
+        json.dumps(official_config(config, MonoInternVLImageProcessor())), encoding="utf-8"
+    )
 
 
 def _read(folder: Path) -> float:

@@ -7,6 +7,8 @@ from typing import Any
 import matplotlib
 from matplotlib.figure import Figure
 
+from ..cli.common import written_whole
+
 
 _COLOURS = {"ours": "#0b7285", "dense twin": "#495057", "both experts": "#e8590c", "FLOP limit": "#adb5bd"}
 
@@ -78,6 +80,5 @@ def save(report: dict[str, Any], path: Path) -> None:
     if ending not in ("png", "svg", "pdf"):
         raise ValueError(f"{path} cannot be written: the picture's name must end in .png, .svg or .pdf")
     data = draw(report, ending)
-    temporary = path.with_name(f".{path.name}.tmp")
-    temporary.write_bytes(data)
-    temporary.replace(path)
+    with written_whole(path) as temporary:
+        temporary.write_bytes(data)

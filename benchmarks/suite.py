@@ -3,7 +3,6 @@
 import gc
 import json
 import logging
-import os
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -11,6 +10,7 @@ from typing import Any
 
 import torch
 
+from ..cli.common import written_whole
 from .decode import run_decode, run_serve
 from .load import run_load
 from .measure import Place, describe_machine
@@ -127,9 +127,5 @@ def _clean(place: Place) -> None:
 
 
 def write_json(report: dict[str, Any], path: Path) -> None:
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
+    with written_whole(path) as temporary:
         temporary.write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
-        temporary.replace(path)
-    finally:
-        temporary.unlink(missing_ok=True)

@@ -178,7 +178,7 @@ def load_config(model: str) -> MonoInternVLConfig:
     """The configuration of what `resolve_model` returned."""
     from ..configuration_mono_internvl import MonoInternVLConfig
 
-    _quiet_libraries()
+    quiet_libraries()
     with _naming(model):
         return MonoInternVLConfig.from_pretrained(model)
 
@@ -187,7 +187,7 @@ def load_processor(model: str) -> MonoInternVLProcessor:
     """The processor of what `resolve_model` returned."""
     from ..processing_mono_internvl import MonoInternVLProcessor
 
-    _quiet_libraries()
+    quiet_libraries()
     with _naming(model):
         return MonoInternVLProcessor.from_pretrained(model)
 
@@ -267,7 +267,7 @@ def _choose_dtype(dtype: str, place: torch.device, config: MonoInternVLConfig) -
     return torch.bfloat16
 
 
-def _quiet_libraries() -> None:
+def quiet_libraries() -> None:
     if _debug:
         return
     import huggingface_hub

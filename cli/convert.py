@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from .common import ImageTokenOption, _quiet_libraries, note, stderr_console
+from .common import ImageTokenOption, note, quiet_libraries, stderr_console
 from .inspect import readable_bytes
 
 
@@ -63,7 +63,7 @@ def convert(
         from ..conversion.convert import LAYOUTS, convert_checkpoint
 
         one_of(to, LAYOUTS, "--to")
-        _quiet_libraries()
+        quiet_libraries()
         with byte_bar("converting") as progress:
             report = convert_checkpoint(
                 source,

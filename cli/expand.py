@@ -6,7 +6,7 @@ from typing import Annotated
 
 import typer
 
-from .common import _quiet_libraries
+from .common import quiet_libraries
 from .convert import (
     BaseModelOption,
     DestinationArgument,
@@ -53,7 +53,7 @@ def expand(
     one_of(visual_attention_experts, VISUAL_ATTENTION_EXPERTS, "--visual-attention-experts")
     if dtype != "float16":  # refused with its reason
         one_of(dtype, tuple(DTYPES), "--dtype")
-    _quiet_libraries()
+    quiet_libraries()
     with byte_bar("expanding") as progress:
         report = expand_checkpoint(
             source,

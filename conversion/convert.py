@@ -9,7 +9,7 @@ from typing import Any
 
 from ..configuration_mono_internvl import MonoInternVLConfig
 from ..image_processing_mono_internvl import MonoInternVLImageProcessor
-from ..processing_mono_internvl import MonoInternVLProcessor, _load_image_processor
+from ..processing_mono_internvl import MonoInternVLProcessor, load_image_processor
 from .files import (
     copy_licences,
     has_tokenizer,
@@ -90,7 +90,7 @@ def convert_checkpoint(
             if to == "native":
                 save_native_config(config, target)
             else:
-                write_json(target / "config.json", official_config(config, _load_image_processor(str(folder))))
+                write_json(target / "config.json", official_config(config, load_image_processor(str(folder))))
             _copy_processor(folder, target, to)
             if (folder / "generation_config.json").is_file():
                 shutil.copyfile(folder / "generation_config.json", target / "generation_config.json")
@@ -145,7 +145,7 @@ def _copy_processor(folder: Path, target: Path, to: str) -> None:
     if not has_tokenizer(folder):
         warn_without_tokenizer(folder)
         if to == "native":
-            image_processor: MonoInternVLImageProcessor = _load_image_processor(str(folder))
+            image_processor: MonoInternVLImageProcessor = load_image_processor(str(folder))
             image_processor.save_pretrained(target)
         return
     processor = MonoInternVLProcessor.from_pretrained(folder)

@@ -11,6 +11,7 @@ import torch
 
 from mono_internvl import MonoInternVLProcessor
 from mono_internvl.training.data import encode_conversation
+from mono_internvl.training.sources import read_messages
 
 
 def read_records(path: Path) -> list[dict[str, Any]]:
@@ -20,6 +21,4 @@ def read_records(path: Path) -> list[dict[str, Any]]:
 
 def encode_record(processor: MonoInternVLProcessor, record: dict[str, Any]) -> dict[str, torch.Tensor]:
     """`input_ids`, `labels` (the answers alone) and `pixel_values` of one record, see `encode_conversation`."""
-    texts = [message["content"] for message in record["messages"]]
-    turns = list(zip(texts[::2], texts[1::2], strict=True))
-    return encode_conversation(processor, processor.conversation(turns, record["images"]))
+    return encode_conversation(processor, read_messages(record, root=Path(), where=str(record["images"])))

@@ -127,7 +127,7 @@ def look(
     """How the pictures are tiled, and what the conversation costs; the pictures share `max_tiles`, as in `chat`."""
     count = len(conversation.pictures)
     image_processor = copy.copy(processor.image_processor)
-    image_processor.max_tiles = max(1, max_tiles // max(count, 1))
+    image_processor.max_tiles = processor.share_tiles({"max_tiles": max_tiles}, count)["max_tiles"]
     image_processor.min_tiles = min(image_processor.min_tiles, image_processor.max_tiles)
     drawings, visual = [], 0
     for i, picture in enumerate(conversation.pictures, 1):

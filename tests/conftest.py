@@ -83,3 +83,18 @@ def folder(tmp_path_factory) -> Path:
     MonoInternVLForCausalLM(config).save_pretrained(folder)
     MonoInternVLProcessor(MonoInternVLImageProcessor(tile_size=56, max_tiles=4), tokenizer).save_pretrained(folder)
     return folder
+
+
+@pytest.fixture(scope="module")
+def processor():
+    """The nano's tokenizer and 56-px tiles."""
+    tokenizer = AutoTokenizer.from_pretrained(ROOT, trust_remote_code=False)
+    return MonoInternVLProcessor(MonoInternVLImageProcessor(tile_size=56, max_tiles=4), tokenizer)
+
+
+@pytest.fixture(scope="module")
+def model(processor):
+    """A tiny random model for `processor`."""
+    model = tiny_model(seed=7, text_config={"vocab_size": len(processor.tokenizer)})
+    model.config.image_token_id = model.model.config.image_token_id = processor.image_token_id
+    return model

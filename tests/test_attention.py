@@ -3,11 +3,9 @@
 import pytest
 import torch
 from PIL import Image
-from transformers import AutoTokenizer
 from typer.testing import CliRunner
 
-from conftest import ROOT, tiny_model
-from mono_internvl import MonoInternVLImageProcessor, MonoInternVLProcessor
+from conftest import ROOT
 from mono_internvl.cli import app
 from mono_internvl.cli.attention import parse_layers, spread_layers
 from mono_internvl.evaluation.attention import AttentionMaps, collect_attention, draw_attention, heat_map
@@ -15,19 +13,6 @@ from mono_internvl.evaluation.attention import AttentionMaps, collect_attention,
 
 pytest.importorskip("matplotlib")
 RED = Image.new("RGB", (160, 60), "red")
-
-
-@pytest.fixture(scope="module")
-def processor():
-    tokenizer = AutoTokenizer.from_pretrained(ROOT, trust_remote_code=False)
-    return MonoInternVLProcessor(MonoInternVLImageProcessor(tile_size=56, max_tiles=4), tokenizer)
-
-
-@pytest.fixture(scope="module")
-def model(processor):
-    model = tiny_model(seed=7, text_config={"vocab_size": len(processor.tokenizer)})
-    model.config.image_token_id = model.model.config.image_token_id = processor.image_token_id
-    return model
 
 
 @pytest.fixture(scope="module")

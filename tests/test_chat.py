@@ -6,24 +6,10 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from transformers import AutoTokenizer, TextIteratorStreamer
+from transformers import TextIteratorStreamer
 
-from conftest import ROOT, tiny_model
-from mono_internvl import MonoInternVLImageProcessor, MonoInternVLProcessor
+from conftest import tiny_model
 from mono_internvl.modeling_mono_internvl import cpu_has_bfloat16_units, place_images
-
-
-@pytest.fixture(scope="module")
-def processor():
-    tokenizer = AutoTokenizer.from_pretrained(ROOT, trust_remote_code=False)
-    return MonoInternVLProcessor(MonoInternVLImageProcessor(tile_size=56, max_tiles=4), tokenizer)
-
-
-@pytest.fixture(scope="module")
-def model(processor):
-    model = tiny_model(seed=7, text_config={"vocab_size": len(processor.tokenizer)})
-    model.config.image_token_id = model.model.config.image_token_id = processor.image_token_id
-    return model
 
 
 @pytest.fixture

@@ -9,29 +9,14 @@ import urllib.request
 
 import pytest
 from PIL import Image
-from transformers import AutoTokenizer
 from typer.testing import CliRunner
 
-from conftest import ROOT, tiny_model
-from mono_internvl import MonoInternVLImageProcessor, MonoInternVLProcessor
+from conftest import ROOT
 from mono_internvl.cli import app
 from mono_internvl.serving.demo import Conversation, add_pictures, answer, draw_answer, look
 
 
 RED, BLUE = Image.new("RGB", (160, 60), "red"), Image.new("RGB", (50, 50), "blue")
-
-
-@pytest.fixture(scope="module")
-def processor():
-    tokenizer = AutoTokenizer.from_pretrained(ROOT, trust_remote_code=False)
-    return MonoInternVLProcessor(MonoInternVLImageProcessor(tile_size=56, max_tiles=4), tokenizer)
-
-
-@pytest.fixture(scope="module")
-def model(processor):
-    model = tiny_model(seed=7, text_config={"vocab_size": len(processor.tokenizer)})
-    model.config.image_token_id = model.model.config.image_token_id = processor.image_token_id
-    return model
 
 
 def test_answers_stream_and_a_later_turn_may_bring_a_picture(model, processor):

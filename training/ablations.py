@@ -26,7 +26,7 @@ from typing import Annotated, Any
 
 import torch
 import typer
-from transformers import LlamaConfig, LlamaForCausalLM, TrainingArguments, set_seed
+from transformers import LlamaForCausalLM, TrainingArguments, set_seed
 
 from ..conversion import expand_checkpoint
 from ..evaluation.plate_pictures import evaluation_set
@@ -39,7 +39,7 @@ from .groups import train_only
 from .loading import Batches, Conversations, UnitBatches, mixture
 from .plate_tasks import CAPTION_PROMPT, PlateWorld, choose_questions
 from .plate_world import Plate, caption_of, questions, sample_plate
-from .run import ROOT, start_vision, write_json
+from .run import ROOT, dense_config, start_vision, write_json
 from .sources import Source
 from .trainer import EViPTrainer, weighted_loss_sum
 
@@ -155,17 +155,10 @@ def make_base(folder: Path, processor: MonoInternVLProcessor) -> Path:
     """The dense language model that all runs share."""
     if not (folder / "config.json").exists():
         set_seed(0)
-        tokenizer = processor.tokenizer
-        config = LlamaConfig(
-            bos_token_id=tokenizer.bos_token_id,
-            eos_token_id=tokenizer.eos_token_id,
-            pad_token_id=tokenizer.pad_token_id,
-            **{"vocab_size": processor.image_token_ids[1], **DENSE},
-        )
-        model = LlamaForCausalLM(config)
+        model = LlamaForCausalLM(dense_config(DENSE, processor))
         fit(model, processor, PlateWorld("text", BASE_STEPS * BATCH), BASE_STEPS, 2e-3, 0, folder.with_name("work"))
         model.save_pretrained(folder)
-        tokenizer.save_pretrained(folder)
+        processor.tokenizer.save_pretrained(folder)
     return folder
 
 

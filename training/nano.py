@@ -23,7 +23,7 @@ from typing import Annotated, Any
 import torch
 import typer
 from torch.utils.data import Dataset
-from transformers import AutoTokenizer, Trainer, TrainerCallback, TrainingArguments, set_seed
+from transformers import AutoTokenizer, Trainer, TrainingArguments, set_seed
 
 from ..configuration_mono_internvl import MonoInternVLConfig
 from ..image_processing_mono_internvl import MonoInternVLImageProcessor
@@ -33,6 +33,7 @@ from .data import Collator, encode_conversation
 from .plate_tasks import GREETINGS, choose_questions, name_patches
 from .plate_world import draw_plate, questions, sample_plate
 from .run import start_vision
+from .trainer import Progress
 
 
 logger = logging.getLogger(__name__)
@@ -115,12 +116,6 @@ class PlainOrder(Trainer):
         return torch.utils.data.SequentialSampler(self.train_dataset)  # type: ignore[arg-type]
 
 
-class LogLine(TrainerCallback):
-    def on_log(self, args, state, control, logs=None, **kwargs):  # type: ignore[no-untyped-def]
-        if state.is_world_process_zero and logs and "loss" in logs:
-            logger.info("step %d of %d: loss %.4f", state.global_step, state.max_steps, logs["loss"])
-
-
 def train(
     out: Annotated[Path, typer.Argument(help="folder of the finished model")],
     steps: Annotated[int, typer.Option(help="optimiser steps")] = 4000,
@@ -175,7 +170,7 @@ def train(
         args=arguments,
         train_dataset=PlateConversations(processor, steps * batch_size, batch_size, seed),
         data_collator=Collator(processor.tokenizer.pad_token_id),
-        callbacks=[LogLine()],
+        callbacks=[Progress(logger.info)],
     )
     trainer.train(resume_from_checkpoint=resume)
     if rank == 0:

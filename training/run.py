@@ -11,7 +11,9 @@ from typing import Any
 import torch
 from accelerate import PartialState
 from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM, TrainingArguments, set_seed
+from transformers.integrations import is_tensorboard_available
 
+from ..cli.common import written_whole
 from ..image_processing_mono_internvl import MonoInternVLImageProcessor
 from ..modeling_mono_internvl import MonoInternVLForCausalLM
 from ..processing_mono_internvl import MonoInternVLProcessor
@@ -140,15 +142,8 @@ def _start(stage: Stage, runs: Path, folder: Path, state: PartialState) -> tuple
     attention = {} if stage.attn_implementation is None else {"attn_implementation": stage.attn_implementation}
     if stage.dense is not None:
         processor = _processor(stage.tokenizer or str(ROOT))
-        if stage.max_tiles != processor.image_processor.max_tiles:
-            processor.image_processor.max_tiles = stage.max_tiles
-        tokenizer = processor.tokenizer
-        config = LlamaConfig(
-            bos_token_id=tokenizer.bos_token_id,
-            eos_token_id=tokenizer.eos_token_id,
-            pad_token_id=tokenizer.pad_token_id,
-            **{"vocab_size": processor.image_token_ids[1], **stage.dense},
-        )
+        processor.image_processor.max_tiles = stage.max_tiles
+        config = dense_config(stage.dense, processor)
         config._attn_implementation = stage.attn_implementation
         return processor, LlamaForCausalLM(config)
     assert stage.model is not None
@@ -162,6 +157,18 @@ def _start(stage: Stage, runs: Path, folder: Path, state: PartialState) -> tuple
     processor = _processor(stage.tokenizer or source)
     model = MonoInternVLForCausalLM.from_pretrained(source, dtype=torch.float32, **attention)
     return processor, model
+
+
+def dense_config(dimensions: Mapping[str, Any], processor: MonoInternVLProcessor) -> LlamaConfig:
+    """A dense language model with the processor's tokens, those of pictures left to the expansion."""
+    tokenizer = processor.tokenizer
+    tokens = {
+        "vocab_size": processor.image_token_ids[1],
+        "bos_token_id": tokenizer.bos_token_id,
+        "eos_token_id": tokenizer.eos_token_id,
+        "pad_token_id": tokenizer.pad_token_id,
+    }
+    return LlamaConfig(**{**tokens, **dimensions})
 
 
 def _processor(folder: str) -> MonoInternVLProcessor:
@@ -334,22 +341,15 @@ def _arguments(stage: Stage, folder: Path, steps: int, per_rank: int) -> Trainin
         ddp_find_unused_parameters=False,
         remove_unused_columns=False,
         disable_tqdm=True,
-        report_to=["tensorboard"] if _has_tensorboard() else [],
+        report_to=["tensorboard"] if is_tensorboard_available() else [],
         seed=stage.seed,
     )
 
 
-def _has_tensorboard() -> bool:
-    from importlib.util import find_spec
-
-    return find_spec("tensorboard") is not None
-
-
 def write_json(path: Path, content: Any) -> None:
     """Write to a temporary name beside `path`, then rename."""
-    temporary = path.with_name(path.name + ".tmp")
-    temporary.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
-    temporary.replace(path)
+    with written_whole(path) as temporary:
+        temporary.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
 
 
 def _save(trainer: EViPTrainer, processor: MonoInternVLProcessor, stage: Stage, output: Path) -> None:

@@ -62,6 +62,11 @@ class Source:
 class FileRecords:
     """Records of one .json, .jsonl or saved `datasets` folder.
 
+    Args:
+        root: folder of the pictures; default: the file's own.
+        max_tiles: most tiles of a picture of this source.
+        content: of a .json that was parsed already.
+
     Raises:
         FileNotFoundError: no such file, or no such picture folder.
         ValueError: the file is empty or not of a known form.
@@ -69,7 +74,13 @@ class FileRecords:
 
     ordered = False
 
-    def __init__(self, path: str | Path, root: str | Path | None = None, max_tiles: int | None = None):
+    def __init__(
+        self,
+        path: str | Path,
+        root: str | Path | None = None,
+        max_tiles: int | None = None,
+        content: Any = None,
+    ):
         self.path, self.name, self.max_tiles = Path(path), str(path), max_tiles
         self.root = Path(root) if root is not None else self.path.parent
         if not self.path.exists():
@@ -87,7 +98,7 @@ class FileRecords:
         elif self.path.suffix == ".jsonl":
             self._offsets = _line_offsets(self.path)
         elif self.path.suffix == ".json":
-            self._rows = _read_json(self.path)
+            self._rows = _read_json(self.path) if content is None else content
             if not isinstance(self._rows, list):
                 raise ValueError(f"{path}: expected a list of records, found {type(self._rows).__name__}")
         else:
@@ -134,10 +145,12 @@ def open_sources(specs: Sequence[Any]) -> list[Source]:
         repeat, weight = float(spec.get("repeat", 1)), spec.get("weight")
         if repeat <= 0 or (weight is not None and weight <= 0):
             raise ValueError(f"data: {path}: repeat and weight must be positive")
-        entries = _meta_entries(path)
-        if entries is None:
-            sources.append(Source(FileRecords(path, spec.get("root"), spec.get("max_tiles")), repeat, weight))
-        for name, entry in (entries or {}).items():
+        content = _read_json(path) if path.suffix == ".json" and path.is_file() else None
+        if not isinstance(content, dict):
+            records = FileRecords(path, spec.get("root"), spec.get("max_tiles"), content)
+            sources.append(Source(records, repeat, weight))
+            continue
+        for name, entry in _meta_entries(path, content).items():
             missing = [key for key in ("root", "annotation") if key not in entry]
             if missing:
                 raise ValueError(f"{path}: the entry {name!r} lacks {', '.join(missing)}")
@@ -234,13 +247,8 @@ def _read_json(path: Path) -> Any:
         raise ValueError(f"{path} is not JSON: {error}") from error
 
 
-def _meta_entries(path: Path) -> dict[str, dict] | None:
-    """The entries of an InternVL meta file, or None where `path` is data itself."""
-    if path.suffix != ".json" or not path.is_file():
-        return None
-    content = _read_json(path)
-    if not isinstance(content, dict):
-        return None
+def _meta_entries(path: Path, content: dict[str, Any]) -> dict[str, dict]:
+    """The entries of an InternVL meta file."""
     if not content or not all(isinstance(entry, dict) for entry in content.values()):
         raise ValueError(f"{path}: a meta file maps names to {{root, annotation, ..}}")
     return content

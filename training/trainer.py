@@ -145,7 +145,7 @@ class EViPTrainer(Trainer):
             if self.is_world_process_zero():
                 shutil.rmtree(runs / name, ignore_errors=True)
                 (unfinished / name).rename(runs / name)
-                for old in checkpoints(runs)[: -limit if limit else None] if limit else []:
+                for old in checkpoints(runs)[:-limit] if limit else []:
                     shutil.rmtree(old)
             self.accelerator.wait_for_everyone()
         finally:
