@@ -16,6 +16,7 @@ from typing import Any
 
 import torch
 
+from ..image_processing_mono_internvl import choose_grid
 from ..processing_mono_internvl import MonoInternVLProcessor
 from .plate_world import (
     COLORS,
@@ -36,6 +37,8 @@ TASKS = ("text", "noisy_captions", "captions", "alignment", "instructions")
 CAPTION_PROMPT = "provide a one-sentence caption for the image"
 # Questions asked of one picture: reading it is what costs, and answers are what teaches.
 QUESTIONS = 4
+# One block of pictures in so many is of several tiles.
+TILED_EVERY = 5
 # How often each category is chosen when it applies.
 ALIGNMENT = {"caption": 2.0, "box": 3.0, "number": 6.0, "color": 0.5, "position": 0.5}
 INSTRUCTIONS = {"shape": 2.0, "color": 2.5, "count": 3.5, "number": 3.0, "position": 3.0, "caption": 1.2, "box": 1.0}
@@ -60,9 +63,10 @@ class PlateWorld:
     Args:
         task: one of TASKS.
         length: records; the curriculum goes by `i / length`.
-        naming: share of the run in which the visual tokens of one-tile pictures have targets too (`name_patches`).
-        block: of so many neighbours all pictures are long (several tiles) or none is, so that batches are padded
-            little; one block in four is.
+        naming: share of the run in which visual tokens have targets too (`name_patches`).
+        block: of so many neighbours all pictures are cut into several tiles or none is, so that batches are padded
+            little; one block in TILED_EVERY is.
+        tile_size, max_tiles: how pictures will be cut.
         seed: another seed, other plates.
 
     Raises:
@@ -71,10 +75,21 @@ class PlateWorld:
 
     ordered = True
 
-    def __init__(self, task: str, length: int, *, naming: float = 0.0, block: int = 64, seed: int = 0):
+    def __init__(
+        self,
+        task: str,
+        length: int,
+        *,
+        naming: float = 0.0,
+        block: int = 64,
+        tile_size: int = 224,
+        max_tiles: int = 3,
+        seed: int = 0,
+    ):
         if task not in TASKS:
             raise ValueError(f"plate_world: unknown task {task!r}; allowed are {', '.join(TASKS)}")
         self.task, self.length, self.naming, self.block, self.seed = task, length, naming, block, seed
+        self.grid_of = partial(choose_grid, tile_size=tile_size, max_tiles=max_tiles)
         self.name = f"plate_world/{task}"
 
     def __len__(self) -> int:
@@ -86,24 +101,25 @@ class PlateWorld:
         where = f"{self.name}, {index}"
         if self.task == "text" or (self.task == "instructions" and rng.random() < TEXT_SHARE):
             return Record(_messages(_text_turns(rng)), where)
-        plate = self._plate(rng, progress, tiled=(index // self.block) % 4 == 0)
+        plate = self._plate(rng, progress, tiled=(index // self.block) % TILED_EVERY == 0)
         turns = self._turns(plate, rng)
         turns[0] = (f"<image>\n{turns[0][0]}", turns[0][1])
         if progress >= self.naming:
             return Record(_messages(turns, draw_plate(plate, rng)), where)
-        return Record(_messages(turns, draw_plate(plate, rng)), where, finish=partial(name_patches, plate=plate))
+        finish = partial(name_patches, plate=plate, grid=self.grid_of(plate.width, plate.height))
+        return Record(_messages(turns, draw_plate(plate, rng)), where, finish=finish)
 
     def _plate(self, rng: random.Random, progress: float, tiled: bool) -> Plate:
-        most, numbers = 5, 0.25
+        most, numbers = 5, 0.35
         if self.task == "noisy_captions":
-            most, numbers = 1 if progress < 0.4 else 3, 0.0 if progress < 0.4 else 0.15
+            most, numbers = 1 if progress < 0.3 else 3, 0.25
         elif self.task == "captions":
-            most, numbers = 3 if progress < 0.4 else 5, 0.25
+            most, numbers = 3 if progress < 0.3 else 5, 0.4
         elif self.task == "alignment":
             numbers = 0.55
         while True:
             plate = sample_plate(rng, max_shapes=most, with_number=numbers)
-            if plate.items and (max(plate.width, plate.height) / min(plate.width, plate.height) > 1.5) == tiled:
+            if plate.items and (self.grid_of(plate.width, plate.height) != (1, 1)) == tiled:
                 return plate
 
     def _turns(self, plate: Plate, rng: random.Random) -> list[tuple[str, str]]:
@@ -141,30 +157,43 @@ def choose_questions(candidates: list[QA], rng: random.Random, weights: dict[str
     return [candidates[i] for _, i in sorted(keyed, reverse=True)[:count]]
 
 
-def name_patches(example: dict[str, torch.Tensor], processor: MonoInternVLProcessor, plate: Plate) -> None:
-    """Give the visual tokens of a picture their targets, in place; one of several tiles is left as it is.
+def name_patches(
+    example: dict[str, torch.Tensor], processor: MonoInternVLProcessor, plate: Plate, grid: tuple[int, int]
+) -> None:
+    """Give the visual tokens of the one picture of a conversation their targets, in place.
 
-    A token sees only what is above and to the left of it, so a shape's upper patches are left alone: its name is asked
-    of those whose centre lies in the lower 60 % of its box. The target stands one place on, as labels are shifted.
+    A token sees only what comes before it, so a shape's upper patches are left alone: its name is asked of those whose
+    centre lies in the lower 60 % of its box. The target stands one place on, as labels are shifted.
+
+    Args:
+        grid: (columns, rows) of the picture's tiles; more than one are followed by the thumbnail.
     """
-    if example["pixel_values"].shape[0] != 1:
-        return
     side = processor.image_processor.tile_size // 28
+    columns, rows = grid
     first = int((example["input_ids"] == processor.image_token_id).nonzero()[0])
+    views = [(first, columns, rows)]
+    if columns * rows > 1:
+        views.append((first + columns * rows * side**2, 1, 1))
     for item in plate.items:
         names = list(item.text) if item.kind == "number" else [item.kind]
         left, top, right, bottom = item.box
-        width = (right - left) / len(names)
+        lower, width = top + 0.4 * (bottom - top), (right - left) / len(names)
         for i, name in enumerate(names):
             (target,) = processor.tokenizer.encode(name, add_special_tokens=False)
-            x1, x2 = ((left + (i + k) * width) / plate.width * side for k in (0, 1))
-            y1, y2 = top / plate.height * side, bottom / plate.height * side
-            columns = range(max(math.ceil(x1 - 0.5), 0), min(math.ceil(x2 - 0.5), side)) or [int((x1 + x2) / 2)]
-            lower = y1 + 0.4 * (y2 - y1)
-            rows = range(max(math.ceil(lower - 0.5), 0), min(math.ceil(y2 - 0.5), side)) or [int((lower + y2) / 2)]
-            for row in rows:
-                for column in columns:
-                    example["labels"][first + min(row, side - 1) * side + min(column, side - 1) + 1] = target
+            start = left + i * width
+            for first, columns, rows in views:
+                across = _patches_between(start / plate.width, (start + width) / plate.width, columns * side)
+                for y in _patches_between(lower / plate.height, bottom / plate.height, rows * side):
+                    for x in across:
+                        tile, place = y // side * columns + x // side, y % side * side + x % side
+                        example["labels"][first + tile * side**2 + place + 1] = target
+
+
+def _patches_between(low: float, high: float, count: int) -> range:
+    """Of `count` patches in a row, those whose centre lies between two shares of it; at least the middle one."""
+    inside = range(max(math.ceil(low * count - 0.5), 0), min(math.ceil(high * count - 0.5), count))
+    middle = min(int((low + high) / 2 * count), count - 1)
+    return inside or range(middle, middle + 1)
 
 
 def _text_turns(rng: random.Random) -> list[tuple[str, str]]:

@@ -76,7 +76,7 @@ def run_stage(
     if isinstance(model, MonoInternVLForCausalLM):
         model.config.text_config.drop_path_rate = stage.drop_path
         _set_drop_path(model)
-    sources = _sources(stage)
+    sources = _sources(stage, processor)
     units, steps = _units(stage, sources, processor)
     per_step = stage.batch_size // stage.accumulation
     if per_step % world_size:
@@ -246,7 +246,7 @@ def _with_lora(model: Any, options: Mapping[str, Any]) -> Any:
 # ------------------------------------------------------------------------------------------------------------- data
 
 
-def _sources(stage: Stage) -> list[Source]:
+def _sources(stage: Stage, processor: MonoInternVLProcessor) -> list[Source]:
     found: list[Source] = []
     for spec in stage.data or []:
         if not isinstance(spec, Mapping) or "plate_world" not in spec:
@@ -257,7 +257,12 @@ def _sources(stage: Stage) -> list[Source]:
             raise ValueError(f"data: unknown key {unknown[0]!r}; plate_world knows {', '.join(PLATE_OPTIONS)}, weight")
         if stage.steps is None:
             raise ValueError("data: plate_world has no end: give steps, not epochs")
-        options = {"block": stage.batch_size, **{key: spec[key] for key in PLATE_OPTIONS[1:] if key in spec}}
+        options = {
+            "block": stage.batch_size,
+            "tile_size": processor.image_processor.tile_size,
+            "max_tiles": stage.max_tiles,
+            **{key: spec[key] for key in PLATE_OPTIONS[1:] if key in spec},
+        }
         length = stage.steps * stage.batch_size
         found.append(Source(PlateWorld(spec["plate_world"], length, **options), weight=spec.get("weight")))
     return found
