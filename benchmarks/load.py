@@ -156,7 +156,8 @@ def _load(folder: Path, device: str) -> tuple[float, float]:
     return returned, time.perf_counter() - begin
 
 
-def _peak_memory() -> int:
+def peak_memory() -> int:
+    """Most bytes of host memory that this process has held (VmHWM)."""
     with open("/proc/self/status", encoding="utf-8") as status:
         return next(int(line.split()[1]) * 1024 for line in status if line.startswith("VmHWM"))
 
@@ -169,7 +170,7 @@ def _main(mode: str, folder: str, *more: str) -> None:
         result["seconds"] = _read(Path(folder))
     else:
         result["returned"], result["seconds"] = _load(Path(folder), *more)
-    sys.stdout.write(json.dumps({**result, "peak_bytes": _peak_memory()}) + "\n")
+    sys.stdout.write(json.dumps({**result, "peak_bytes": peak_memory()}) + "\n")
 
 
 if __name__ == "__main__":

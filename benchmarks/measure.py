@@ -161,11 +161,6 @@ def row(what: str, against: str, over: list[float], under: list[float], **more: 
     return {"what": what, "against": against, **ratio(over, under), "seconds": median(over), **more}
 
 
-def share_row(what: str, against: str, times: list[float], limit: float, **more: Any) -> dict[str, Any]:
-    """As `row`, against a limit that is one number: the fastest this machine could be, in seconds."""
-    return row(what, against, times, [limit] * len(times), **more)
-
-
 # ------------------------------------------------------------------------------------------------- what is possible
 
 
@@ -173,13 +168,11 @@ def peak_flops(place: Place, tokens: int, shapes: list[tuple[int, int]], seconds
     """FLOP/s of the fastest of the products [tokens, inputs] x [inputs, outputs] that a model makes of `shapes`."""
     best = 0.0
     for inputs, outputs in shapes:
-        x = torch.randn(tokens, inputs, device=place.device, dtype=place.dtype)
-        w = torch.randn(outputs, inputs, device=place.device, dtype=place.dtype)
         flops = 2 * tokens * inputs * outputs
         calls = max(1, int(2e12 / flops)) if place.is_cuda else 1
         with torch.no_grad():
             times = interleave(
-                {"product": lambda x=x, w=w: F.linear(x, w)},  # type: ignore[misc]
+                {"product": product_of(place, tokens, inputs, outputs)},
                 place,
                 rounds=9,
                 seconds=seconds / len(shapes),
@@ -187,6 +180,13 @@ def peak_flops(place: Place, tokens: int, shapes: list[tuple[int, int]], seconds
             )
         best = max(best, flops / min(times["product"]))
     return best
+
+
+def product_of(place: Place, tokens: int, inputs: int, outputs: int) -> Callable[[], torch.Tensor]:
+    """The product [tokens, inputs] x [inputs, outputs] of random matrices."""
+    x = torch.randn(tokens, inputs, device=place.device, dtype=place.dtype)
+    w = torch.randn(outputs, inputs, device=place.device, dtype=place.dtype)
+    return lambda: F.linear(x, w)
 
 
 def peak_bandwidth(place: Place, gigabytes: float = 1.0) -> float:

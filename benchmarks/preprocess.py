@@ -10,11 +10,11 @@ from ..image_processing_mono_internvl import IMAGENET_MEAN, IMAGENET_STD, MonoIn
 from .measure import Place, interleave, row
 
 
-def photograph(width: int, height: int) -> Image.Image:
+def photograph(width: int, height: int, seed: int = 0) -> Image.Image:
     """A picture with structure at every scale, the same on every run."""
     y, x = np.mgrid[0:height, 0:width].astype(np.float32)
     waves = [np.sin(x / (7 + 5 * c) + y / 31) + np.sin(y / (11 + 3 * c) - x / 53) for c in range(3)]
-    noise = np.random.default_rng(0).normal(0, 8, (height, width, 3))
+    noise = np.random.default_rng(seed).normal(0, 8, (height, width, 3))
     return Image.fromarray((np.stack(waves, -1) * 50 + 128 + noise).clip(0, 255).astype(np.uint8))
 
 

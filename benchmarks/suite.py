@@ -17,6 +17,7 @@ from .measure import Place, describe_machine
 from .peers import build, preset_config
 from .prefill import run_prefill, run_scaling, run_ttft
 from .preprocess import run_preprocess
+from .recipe import run_loading, run_memory, run_packing
 from .routing import run_routing
 from .train import run_train
 
@@ -24,16 +25,19 @@ from .train import run_train
 logger = logging.getLogger(__name__)
 
 # In the order in which they run; `train` changes the weights and `load` needs the disk.
-PARTS = ("preprocess", "routing", "prefill", "ttft", "decode", "serve", "scaling", "train", "load")
+PARTS = (
+    *("preprocess", "routing", "prefill", "ttft", "decode", "serve", "scaling"),
+    *("train", "packing", "memory", "loading", "load"),
+)
 # Seconds that a part takes at the 2B dimensions: on a GPU at full depth, on two CPU cores at CPU_LAYERS.
 _EXPECTED = {
     "cuda": {"prefill": 110, "ttft": 25, "decode": 90, "serve": 25, "scaling": 20, "train": 70, "load": 90},
-    "cpu": {"prefill": 420, "ttft": 180, "decode": 60, "load": 90},
+    "cpu": {"prefill": 1100, "ttft": 300, "decode": 90, "load": 150},
 }
-CPU_LAYERS = 4
+CPU_LAYERS = 8
 # On the CPU these take long and have no goal there; they run when they are named.
-_GPU_ONLY = ("routing", "serve", "scaling", "train")
-_NEEDS_MODEL = ("prefill", "ttft", "decode", "serve", "scaling", "train")
+_GPU_ONLY = ("routing", "serve", "scaling", "train", "packing", "memory", "loading")
+_NEEDS_MODEL = ("prefill", "ttft", "decode", "serve", "scaling", "train", "packing")
 
 
 def run_parts(
@@ -62,6 +66,8 @@ def run_parts(
         raise ValueError(f"no such benchmark: {', '.join(unknown)}; there are {', '.join(PARTS)}")
     if not parts:
         parts = tuple(part for part in PARTS if place.is_cuda or part not in _GPU_ONLY)
+    # Loading is of the whole model, unless the caller says otherwise.
+    of_load = {"preset": preset, "layers": layers}
     if layers is None and preset == "2b" and not place.is_cuda:
         layers = CPU_LAYERS
     config = preset_config(preset, layers)
@@ -87,8 +93,8 @@ def run_parts(
             if part in _NEEDS_MODEL and model is None:
                 model = build(config, place)
             elif part not in _NEEDS_MODEL:
-                model = None if part == "load" else model
-            result = _attempt(part, place, options, model)
+                model = None if part in ("memory", "load") else model
+            result = _attempt(part, place, of_load if part == "load" else options, model)
         result["wall_seconds"] = round(time.perf_counter() - started, 1)
         report["parts"][part] = result
         if out is not None:
@@ -111,6 +117,9 @@ def _attempt(part: str, place: Place, options: dict[str, Any], model: Any) -> di
         "serve": lambda: run_serve(place, **options, model=model),
         "scaling": lambda: run_scaling(place, **options, model=model, seconds=1 if place.is_cuda else 5),
         "train": lambda: run_train(place, **options, model=model),
+        "packing": lambda: run_packing(place, **options, model=model),
+        "memory": lambda: run_memory(place, **options),
+        "loading": lambda: run_loading(),
         "load": lambda: run_load(place, **options),
     }
     try:

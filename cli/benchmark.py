@@ -11,7 +11,7 @@ import typer
 from .common import note
 
 
-_PARTS = "routing, prefill, ttft, decode, serve, preprocess, train, load, scaling"
+_PARTS = "routing, prefill, ttft, decode, serve, preprocess, train, packing, memory, loading, load, scaling"
 
 
 def benchmark(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from itertools import chain
 from pathlib import Path
 from typing import Annotated
 
@@ -26,6 +27,7 @@ from .common import (
 def evaluate(
     model: ModelOption = None,
     count: Annotated[int, typer.Option(min=1, metavar="N", help="questions, six categories in turn")] = 500,
+    boxes: Annotated[int, typer.Option(min=0, metavar="N", help="then so many questions for a bounding box")] = 0,
     seed: Annotated[int, typer.Option(metavar="N", help="another seed, other pictures")] = 0,
     out: Annotated[
         Path | None, typer.Option("--json", metavar="OUT.json", help="write every question and answer")
@@ -42,29 +44,33 @@ def evaluate(
     if out is not None and not out.absolute().parent.is_dir():
         raise FileNotFoundError(f"{out} cannot be written: no such folder {out.parent}")
     folder = resolve_model(model)
-    from ..evaluation.plate_pictures import evaluation_set
+    from ..evaluation.plate_pictures import BOXES, evaluation_set
     from ..evaluation.plate_world import evaluate as answer_all
 
     loaded, processor = load_model(folder, device=device, dtype=dtype, image_token_id=image_token_id)
-    with progress_bar("questions", count) as update:
+    examples = chain(evaluation_set(count, seed), evaluation_set(boxes, seed, BOXES))
+    asked = count + boxes
+    with progress_bar("questions", asked) as update:
         results = answer_all(
             loaded,
             processor,
-            evaluation_set(count=count, seed=seed),
+            examples,
             batch_size=batch_size,
             max_tiles=max_tiles,
-            progress=lambda done: update(done, count),
+            progress=lambda done: update(done, asked),
         )
     _print_table(results.scores)
+    if results.median_iou is not None:
+        typer.echo(f"median IoU of the boxes: {results.median_iou:.3f}")
     for outcome in results.errors[:show_errors]:
         typer.echo(
             f"{outcome.place:4d} {outcome.category}: {outcome.question} expected {outcome.expected!r}, "
             f"got {outcome.given!r}"
         )
-    note(f"{count} questions in {results.seconds:.1f} s, {count / results.seconds:.1f} a second")
+    note(f"{asked} questions in {results.seconds:.1f} s, {asked / results.seconds:.1f} a second")
     if out is not None:
         with written_whole(out) as temporary:
-            settings = {"model": model or "bundled nano", "count": count, "seed": seed}
+            settings = {"model": model or "bundled nano", "count": count, "boxes": boxes, "seed": seed}
             text = json.dumps({**settings, **results.to_dict()}, indent=1, ensure_ascii=False)
             temporary.write_text(text + "\n", encoding="utf-8")
         note(f"written to {out}")

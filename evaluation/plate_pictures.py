@@ -17,10 +17,11 @@ from typing import Any
 
 from PIL import Image
 
-from ..training.plate_world import CANONICAL, COLORS, POSITIONS, SHAPES, Item, caption_of
+from ..training.plate_world import CANONICAL, COLORS, POSITIONS, SHAPES, Item, Plate, caption_of, grounded_answer
 
 
 CATEGORIES = ("shape", "color", "count", "number", "position", "caption")
+BOXES = ("box",)
 DPI = 100
 
 _SQUARE = ((200, 200), (224, 224), (256, 256), (448, 448), (512, 512))
@@ -43,6 +44,7 @@ class _Thing:
     x: float = 0.0
     y: float = 0.0
     radius: float = 0.0  # of the circle that the thing has to itself
+    box: tuple[float, float, float, float] = (0, 0, 0, 0)  # x1, y1, x2, y2, y downwards, once it is drawn as a patch
 
 
 def _matplotlib() -> Any:
@@ -56,8 +58,10 @@ def _matplotlib() -> Any:
     return matplotlib
 
 
-def evaluation_set(count: int = 500, seed: int = 0) -> Iterator[tuple[Image.Image, str, str, str]]:
-    """Yields (picture, category, question, answer), `count` of them, the six categories in turn.
+def evaluation_set(
+    count: int = 500, seed: int = 0, categories: Sequence[str] = CATEGORIES
+) -> Iterator[tuple[Image.Image, str, str, str]]:
+    """Yields (picture, category, question, answer), `count` of them, the categories in turn (six, or BOXES).
 
     Within a category the answers take turns as well (shapes, colours, positions, counts 1 to 5, numbers of 1 to 3
     digits). Pictures are RGB, sides 200 to 640 pixels. The same seed gives the same set with the same matplotlib.
@@ -68,8 +72,8 @@ def evaluation_set(count: int = 500, seed: int = 0) -> Iterator[tuple[Image.Imag
     _matplotlib()
     for index in range(count):
         rng = random.Random(f"plate pictures {seed} {index}")
-        category = CATEGORIES[index % len(CATEGORIES)]
-        yield _example(rng, category, index // len(CATEGORIES))
+        category = categories[index % len(categories)]
+        yield _example(rng, category, index // len(categories))
 
 
 def _example(rng: random.Random, category: str, turn: int) -> tuple[Image.Image, str, str, str]:
@@ -106,6 +110,10 @@ def _example(rng: random.Random, category: str, turn: int) -> tuple[Image.Image,
         things = [_Thing(*pair) for pair in pairs]
         question = CANONICAL["position"].format(shape=pairs[0][0], color=pairs[0][1])
         answer = place
+    elif category == "box":
+        pairs = rng.sample([(kind, color) for kind in SHAPES for color in colors], turn % 4 + 1)
+        things = [_Thing(*pair) for pair in pairs]
+        question, answer = CANONICAL["box"].format(ref=f"{pairs[0][1]} {pairs[0][0]}"), ""
     else:
         things = [_Thing(rng.choice(SHAPES), rng.choice(colors)) for _ in range(turn % 3 + 1)]
         if len(things) > 1 and rng.random() < 0.3:  # chance alone rarely draws "two blue stars"
@@ -115,7 +123,11 @@ def _example(rng: random.Random, category: str, turn: int) -> tuple[Image.Image,
         question = CANONICAL["caption"]
         answer = caption_of([Item(thing.kind, thing.color, (0, 0, 1, 1), thing.text) for thing in things])
     _arrange(rng, things, width, height, place)
-    return _draw(rng, things, width, height, light), category, question, answer
+    image = _draw(rng, things, width, height, light, boxed=category == "box")
+    if category == "box":
+        target = Item(things[0].kind, things[0].color, things[0].box)
+        answer = grounded_answer(target, Plate(width, height, (0, 0, 0), (target,)))
+    return image, category, question, answer
 
 
 def _ink_colors(colors: Sequence[str], light: bool) -> list[str]:
@@ -170,7 +182,7 @@ def _star(x: float, y: float, radius: float, inner: float, turn: float) -> list[
     return corners
 
 
-def _draw(rng: random.Random, things: list[_Thing], width: int, height: int, light: bool) -> Image.Image:
+def _draw(rng: random.Random, things: list[_Thing], width: int, height: int, light: bool, boxed: bool) -> Image.Image:
     mpl = _matplotlib()
     patches = mpl.patches
     figure = mpl.figure.Figure(figsize=(width / DPI, height / DPI), dpi=DPI)
@@ -181,7 +193,8 @@ def _draw(rng: random.Random, things: list[_Thing], width: int, height: int, lig
     axes.set_ylim(0, height)
     figure.patch.set_facecolor(rng.choice(_LIGHT if light else _DARK))
 
-    markers = rng.random() < 0.25
+    # A marker's extent is known to matplotlib's renderer only.
+    markers = rng.random() < 0.25 and not boxed
     tab = rng.random() < 0.35
     style: dict[str, Any] = {"linewidth": 0}
     if rng.random() < 0.2:
@@ -214,6 +227,8 @@ def _draw(rng: random.Random, things: list[_Thing], width: int, height: int, lig
         else:
             patch = patches.Polygon(_star(x, y, radius * 0.95, inner, turn), closed=True, facecolor=color, **style)
         axes.add_patch(patch)
+        extent = patch.get_path().get_extents(patch.get_transform())
+        thing.box = extent.x0, height - extent.y1, extent.x1, height - extent.y0
     canvas.draw()
     columns, rows = canvas.get_width_height()
     return Image.frombytes("RGBA", (columns, rows), bytes(canvas.buffer_rgba())).convert("RGB")

@@ -6,6 +6,7 @@ results.scores                      {"shape": (81, 84), ...}
 
 from __future__ import annotations
 
+import statistics
 import time
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
@@ -16,7 +17,7 @@ from PIL import Image
 
 from ..modeling_mono_internvl import MonoInternVLForCausalLM
 from ..processing_mono_internvl import MonoInternVLProcessor
-from .scoring import is_correct, score_answers
+from .scoring import answer_iou, is_correct, score_answers
 
 
 # The longest caption of five shapes and a number needs fewer.
@@ -50,6 +51,12 @@ class Results:
     def errors(self) -> list[Outcome]:
         return [outcome for outcome in self.outcomes if not outcome.correct]
 
+    @property
+    def median_iou(self) -> float | None:
+        """Median overlap of the boxes asked for, 0 where an answer holds none; None without such questions."""
+        overlaps = [answer_iou(o.expected, o.given) for o in self.outcomes if o.category == "box"]
+        return statistics.median(overlaps) if overlaps else None
+
     def to_dict(self) -> dict[str, Any]:
         """Plain values, for JSON."""
         scores = {name: {"correct": right, "total": total} for name, (right, total) in self.scores.items()}
@@ -57,6 +64,7 @@ class Results:
             "categories": scores,
             "correct": len(self.outcomes) - len(self.errors),
             "total": len(self.outcomes),
+            "median_iou": self.median_iou,
             "seconds": round(self.seconds, 2),
             "outcomes": [outcome._asdict() for outcome in self.outcomes],
         }

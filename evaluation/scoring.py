@@ -71,6 +71,18 @@ def box_iou(first: Sequence[float], second: Sequence[float]) -> float:
     return shared / (areas - shared)
 
 
+def answer_iou(expected: str, given: str) -> float:
+    """IoU of the first boxes of two answers; 0 where the given one has none.
+
+    Raises:
+        ValueError: the expected answer holds no box.
+    """
+    target, answer = parse_box(expected), parse_box(given)
+    if target is None:
+        raise ValueError(f"the expected answer holds no [[x1, y1, x2, y2]]: {expected!r}")
+    return 0.0 if answer is None else box_iou(target, answer)
+
+
 def is_correct(category: str, expected: str, given: str) -> bool:
     """Whether an answer counts: captions by what they name, boxes by IoU >= 0.5, all others word for word.
 
@@ -83,10 +95,7 @@ def is_correct(category: str, expected: str, given: str) -> bool:
             raise ValueError(f"the expected caption is not in the plate world's words: {expected!r}")
         return parse_caption(given) == wanted
     if category == "box":
-        target, answer = parse_box(expected), parse_box(given)
-        if target is None:
-            raise ValueError(f"the expected answer holds no [[x1, y1, x2, y2]]: {expected!r}")
-        return answer is not None and box_iou(target, answer) >= BOX_IOU_THRESHOLD
+        return answer_iou(expected, given) >= BOX_IOU_THRESHOLD
     return normalize_answer(given) == normalize_answer(expected)
 
 

@@ -63,6 +63,7 @@ RUNS = {
     "official-eager": ("official", False, 1),
     "official-compiled": ("official", True, 1),
     "official-tp2": ("official", True, 2),
+    "experts-compiled": ("experts", True, 1),
     "experts-tp2": ("experts", True, 2),
 }
 

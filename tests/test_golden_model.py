@@ -112,15 +112,38 @@ def test_continuation_in_chunks(variant_a):
         assert (wrong.logits - expected[:, split:]).abs().max() > 1
 
 
+GREEDY_CASES = ["text", "image_1tile", "image_multi", "batch", "batch_eos"]
+
+
 @pytest.mark.parametrize("use_cache", [True, False])
-@pytest.mark.parametrize("case", ["text", "image_1tile", "image_multi", "batch", "batch_eos"])
+@pytest.mark.parametrize("case", GREEDY_CASES)
 def test_generate(variant_a, case, use_cache):
+    assert_greedy(variant_a, case, use_cache=use_cache)
+
+
+@pytest.mark.parametrize("compiled", [False, True])
+@pytest.mark.parametrize("backend", ["eager", "sdpa"])
+def test_greedy_ids_do_not_depend_on_the_backend_or_on_compilation(variant_a, backend, compiled, monkeypatch):
+    before = variant_a.config._attn_implementation
+    variant_a.set_attn_implementation(backend)
+    if compiled:
+        torch._dynamo.reset()
+        forward = torch.compile(variant_a.forward, dynamic=True, fullgraph=True, backend="eager")
+        monkeypatch.setattr(variant_a, "forward", forward)
+    try:
+        for case in GREEDY_CASES:
+            assert_greedy(variant_a, case)
+    finally:
+        variant_a.set_attn_implementation(before)
+
+
+def assert_greedy(model, case, **options):
     data = load_golden("variant_a", "generate.safetensors")
     source = {"batch": "case_batch_leftpad", "batch_eos": "case_batch_leftpad"}.get(case, f"case_{case}")
     pixels = load_golden("variant_a", f"{source}.safetensors").get("pixel_values")
     inputs = case.replace("_eos", "")
     stop = int(data["batch_eos.eos_token_id"]) if case == "batch_eos" else -1
-    sequences = variant_a.generate(
+    sequences = model.generate(
         input_ids=data[f"{inputs}.input_ids"],
         attention_mask=data[f"{inputs}.attention_mask"],
         pixel_values=pixels,
@@ -128,7 +151,7 @@ def test_generate(variant_a, case, use_cache):
         do_sample=False,
         eos_token_id=stop,
         pad_token_id=2,
-        use_cache=use_cache,
+        **options,
     )
     new = sequences[:, data[f"{inputs}.input_ids"].shape[1] :]
     assert new.tolist() == data[f"{case}.sequences"].tolist()

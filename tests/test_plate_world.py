@@ -9,11 +9,13 @@ import time
 from collections import Counter
 from itertools import combinations
 
+import numpy as np
 import pytest
 from PIL import Image, ImageChops
 
 from mono_internvl.evaluation import plate_pictures
-from mono_internvl.evaluation.scoring import box_iou, is_correct, parse_caption, score_answers
+from mono_internvl.evaluation.plate_world import Outcome, Results
+from mono_internvl.evaluation.scoring import box_iou, is_correct, parse_box, parse_caption, score_answers
 from mono_internvl.training.plate_world import (
     CANONICAL,
     CATEGORIES,
@@ -275,6 +277,22 @@ def test_evaluation_without_matplotlib_says_how_to_install_it(monkeypatch):
         next(plate_pictures.evaluation_set(1))
 
 
+def test_boxes_of_the_evaluation_are_where_the_shapes_are():
+    pytest.importorskip("matplotlib")
+    rows = list(plate_pictures.evaluation_set(24, 3, plate_pictures.BOXES))
+    assert {category for _, category, _, _ in rows} == {"box"}
+    for picture, _, question, answer in rows[::4]:  # one thing alone on the plate
+        reference = question.split("<ref>")[1].split("</ref>")[0]
+        assert f"<ref>{reference}</ref>" in answer
+        pixels = np.asarray(picture).astype(int)
+        thing = np.abs(pixels - pixels[0, 0]).max(-1) > 60
+        rows_of, columns_of = np.flatnonzero(thing.any(1)), np.flatnonzero(thing.any(0))
+        drawn = (columns_of[0], rows_of[0], columns_of[-1] + 1, rows_of[-1] + 1)
+        scale = np.array([picture.width, picture.height] * 2) / 1000
+        box = np.array(parse_box(answer)) * scale
+        assert np.abs(box - drawn).max() < 2.5, (box, drawn)
+
+
 def test_scores():
     records = [
         ("color", "red", " Red.\n"),
@@ -288,6 +306,16 @@ def test_scores():
     assert score_answers(records) == {"color": (1, 2), "caption": (2, 3), "box": (1, 2)}
     with pytest.raises(ValueError, match="plate world's words"):
         is_correct("caption", "a cat", "a cat")
+
+
+def test_the_median_overlap_counts_answers_without_a_box_as_none():
+    def outcome(category, expected, given):
+        return Outcome(0, category, "", expected, given, False)
+
+    right, half = "<box>[[0, 0, 10, 10]]</box>", "<box>[[0, 0, 10, 5]]</box>"
+    boxes = [outcome("box", right, given) for given in (right, half, "a red circle")]
+    assert Results([*boxes, outcome("color", "red", "blue")], 1.0).median_iou == 0.5
+    assert Results([outcome("color", "red", "blue")], 1.0).median_iou is None
 
 
 def test_box_iou():

@@ -105,7 +105,7 @@ class PlateConversations(Dataset):
         turns[0] = (f"<image>\n{turns[0][0]}", turns[0][1])
         example = encode_conversation(self.processor, self.processor.conversation(turns, [draw_plate(plate, rng)]))
         if one_tile and progress < NAMING:
-            name_patches(example, self.processor, plate)
+            name_patches(example, self.processor, plate, (1, 1))
         return example
 
 

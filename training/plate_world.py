@@ -848,6 +848,16 @@ def box_in_thousandths(item: Item, plate: Plate) -> tuple[int, int, int, int]:
     return a, b, c, d
 
 
+def reference_to(item: Item) -> str:
+    return "number" if item.kind == "number" else f"{item.color} {item.kind}"
+
+
+def grounded_answer(item: Item, plate: Plate) -> str:
+    """`<ref>red circle</ref><box>[[x1, y1, x2, y2]]</box>`."""
+    box = ", ".join(map(str, box_in_thousandths(item, plate)))
+    return f"<ref>{reference_to(item)}</ref><box>[[{box}]]</box>"
+
+
 def questions(plate: Plate, rng: random.Random) -> list[QA]:
     """Questions with one right answer on this plate, several a category, in a fixed order of categories.
 
@@ -918,7 +928,6 @@ def questions(plate: Plate, rng: random.Random) -> list[QA]:
     for item in plate.items:
         if item.kind != "number" and pairs[item.color, item.kind] > 1:
             continue
-        ref = "number" if item.kind == "number" else f"{item.color} {item.kind}"
-        box = ", ".join(map(str, box_in_thousandths(item, plate)))
-        found.append(QA("box", _ask(rng, "box", ref=ref), f"<ref>{ref}</ref><box>[[{box}]]</box>"))
+        ref = reference_to(item)
+        found.append(QA("box", _ask(rng, "box", ref=ref), grounded_answer(item, plate)))
     return found
