@@ -174,7 +174,7 @@ def make_folder(kind: str, folder: Path) -> Path:
         for name, parameter in model.named_parameters():
             if "norm" not in name:
                 parameter.normal_(std=0.15)
-    model.save_pretrained(folder, save_original_format=kind == "official")
+    model.save_pretrained(folder, save_original_format=kind == "official", max_shard_size="1MB")
     if kind == "experts":
         processor.image_processor.tile_size, processor.image_processor.max_tiles = RANDOM_VISION["image_size"], 6
         processor.save_pretrained(folder)

@@ -12,7 +12,7 @@ from transformers import StaticCache
 
 import mono_internvl.benchmarks.suite as suite
 from conftest import tiny_config, tiny_model
-from mono_internvl.benchmarks import flops, measure, peers, routing
+from mono_internvl.benchmarks import flops, measure, peers, recipe, routing
 from mono_internvl.benchmarks.preprocess import per_tile_recipe, photograph, resizes
 from mono_internvl.image_processing_mono_internvl import MonoInternVLImageProcessor, unpatchify
 from mono_internvl.modeling_mono_internvl import PlaceholderCheck, make_routing_plan
@@ -282,6 +282,30 @@ def test_the_per_tile_recipe_has_the_same_pixels():
     expected = torch.from_numpy(per_tile_recipe(picture, 3, 2, 56))
     assert len(pixels) == 7 and resizes(picture, 3, 2, 56)[0].size == (168, 112)
     torch.testing.assert_close(unpatchify(pixels), expected, atol=1e-6, rtol=0)
+
+
+def test_packed_and_padded_batches_hold_the_same_samples(monkeypatch):
+    model, learnt = tiny_model(), {}
+    forward = model.forward
+
+    def counting(**inputs):
+        name = "packed" if "position_ids" in inputs else "padded"
+        learnt[name] = learnt.get(name, 0) + int((inputs["labels"] != -100).sum())
+        return forward(**inputs)
+
+    monkeypatch.setattr(model, "forward", counting)
+    result = recipe.run_packing(CPU, count=12, rows=4, max_length=400, seconds=0, model=model)
+    assert learnt["padded"] == 2 * learnt["packed"] > 0  # in random order and sorted
+    assert [row["against"] for row in result["rows"]] == ["padded, 4 at a time", "padded, sorted by length"]
+    assert result["rows"][0]["at_least"] == 1.5 and result["settings"]["packs"] < 12
+    assert not model.training and all(parameter.grad is None for parameter in model.parameters())
+
+
+def test_memory_and_waiting_are_measured():
+    (row,) = recipe.run_memory(CPU, preset="nano", layers=1, rounds=1)["rows"]
+    assert 0 < row["ratio"] < 1.2
+    (row,) = recipe.run_loading(steps=6, workers=1)["rows"]
+    assert 0 <= row["ratio"] < 1 and row["seconds"] > 0
 
 
 def test_presets_and_parts_are_checked():
