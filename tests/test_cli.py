@@ -512,12 +512,15 @@ def test_batches_answer_as_chat_does(folder):
 def test_evaluate_command(folder, tmp_path):
     pytest.importorskip("matplotlib", reason="the evaluation pictures are drawn by matplotlib")
     out = tmp_path / "results.json"
-    result = run("evaluate", "--model", folder, "--count", 6, "--json", out, "--show-errors", 1, "--max-tiles", 1)
+    result = run(
+        "evaluate", "--model", folder, "--count", 6, "--boxes", 2, "--json", out, "--show-errors", 1, "--max-tiles", 1
+    )
     assert result.exit_code == 0, result.stderr
     assert "caption" in result.stdout and "expected 'circle'" in result.stdout
+    assert "median IoU of the boxes: 0.000" in result.stdout
     written = json.loads(out.read_text())
-    assert written["total"] == 6 and len(written["outcomes"]) == 6
-    assert set(written["categories"]) == {"shape", "color", "count", "number", "position", "caption"}
+    assert written["total"] == 8 and len(written["outcomes"]) == 8 and written["median_iou"] == 0
+    assert set(written["categories"]) == {"shape", "color", "count", "number", "position", "caption", "box"}
     assert "no such folder" in failure("evaluate", "--model", folder, "--json", tmp_path / "no" / "out.json")
 
 

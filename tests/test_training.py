@@ -18,6 +18,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from conftest import ROOT, load_golden, tiny_model
 from mono_internvl import MonoInternVLForCausalLM, MonoInternVLProcessor
+from mono_internvl.training import curves
 from mono_internvl.training.data import Collator, PackCollator, encode_conversation, picture_sizes, target_weights
 from mono_internvl.training.groups import GROUPS, count_parameters, group_of, grouped_parameters, linear_modules
 from mono_internvl.training.loading import (
@@ -29,7 +30,8 @@ from mono_internvl.training.loading import (
     one_pass,
     pack_first_fit_decreasing,
 )
-from mono_internvl.training.plate_tasks import TASKS, PlateWorld
+from mono_internvl.training.plate_tasks import TASKS, PlateWorld, name_patches
+from mono_internvl.training.plate_world import Item, Plate, draw_plate
 from mono_internvl.training.run import run_stage
 from mono_internvl.training.sources import BadSample, FileRecords, Source, open_sources
 from mono_internvl.training.stages import load_stage, recipe_names
@@ -695,9 +697,50 @@ def test_plate_tasks_are_the_same_for_any_worker_and_can_be_encoded(task):
         assert torch.equal(example["pixel_values"], encode_conversation(processor, b.messages)["pixel_values"])
         visual = example["input_ids"] == processor.image_token_id
         assert visual.any() == (task != "text" and example["pixel_values"].shape[0] > 0)
-        if a.finish and example["pixel_values"].shape[0] == 1:
+        if a.finish:
             named = example["labels"][1:][visual[:-1]] != -100
             assert named.any()
+
+
+def test_the_patches_on_a_shape_are_named_in_its_tile_and_in_the_thumbnail():
+    processor = MonoInternVLProcessor.from_pretrained(ROOT)
+    plate = Plate(600, 200, (255, 255, 255), (Item("circle", "red", (420, 40, 560, 180)),))
+    turns = [("<image>\nDescribe the image.", "a red circle")]
+    picture = draw_plate(plate, random.Random(0))
+    example = encode_conversation(processor, processor.conversation(turns, [picture]), max_tiles=3)
+    before = example["labels"].clone()
+    name_patches(example, processor, plate, (3, 1))
+    (circle,) = processor.tokenizer.encode("circle", add_special_tokens=False)
+    changed = (example["labels"] != before).nonzero()[:, 0]
+    assert set(example["labels"][changed].tolist()) == {circle}
+    # 25 pixels a patch in the third tile, which starts at 400; 75 x 25 in the thumbnail. The lower 60 % begin at 96.
+    expected = [2 * 64 + row * 8 + column for row in (4, 5, 6) for column in range(1, 6)]
+    expected += [3 * 64 + row * 8 + 6 for row in (4, 5, 6)]
+    first = int((example["input_ids"] == processor.image_token_id).nonzero()[0])
+    assert (changed - 1 - first).tolist() == expected
+
+
+def test_curves_of_finished_and_running_stages(tmp_path):
+    pytest.importorskip("matplotlib")
+
+    def log(count):
+        return [{"step": 10 * i, "loss": str(3 / i)} for i in range(1, count + 1)] + [{"train_runtime": "1"}]
+
+    with pytest.raises(FileNotFoundError, match="holds no run of text, s1_1_concept"):
+        curves.draw(tmp_path, tmp_path / "curves.png")
+    (tmp_path / "text").mkdir()
+    (tmp_path / "text" / "log.json").write_text(json.dumps(log(12)))
+    running = tmp_path / "s1_1_concept" / "checkpoint-70"
+    running.mkdir(parents=True)
+    (running / "trainer_state.json").write_text(json.dumps({"log_history": log(7)}))
+    categories = {"shape": {"correct": 3, "total": 4}}
+    found = {"categories": categories, "median_iou": 0.5}
+    (tmp_path / "s1_1_concept" / "scores.json").write_text(json.dumps(found))
+    assert curves.losses(tmp_path / "text")[0] == (50, pytest.approx(3 * (1 + 1 / 2 + 1 / 3 + 1 / 4 + 1 / 5) / 5))
+    assert [step for step, _ in curves.losses(tmp_path / "s1_1_concept")] == [50, 70]
+    assert curves.scores(tmp_path / "s1_1_concept") == {"shape": 75.0, "IoU": 50.0}
+    curves.draw(tmp_path, tmp_path / "curves.png")
+    assert (tmp_path / "curves.png").read_bytes().startswith(b"\x89PNG")
 
 
 def test_units_are_shared_out_whatever_the_number_of_processes(data):
