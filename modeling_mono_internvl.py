@@ -13,6 +13,7 @@ Shapes: B batch, T current tokens, S all tokens incl. cache, N = B*T, V visual t
 """
 
 import copy
+import itertools
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, NamedTuple
@@ -279,7 +280,7 @@ def eager_attention_forward(
     return (weights @ value).transpose(1, 2).contiguous(), weights
 
 
-def packed_sdpa_forward(
+def grouped_sdpa_forward(
     module: nn.Module,
     query: torch.Tensor,
     key: torch.Tensor,
@@ -297,6 +298,47 @@ def packed_sdpa_forward(
     query = query.reshape(batch, key.shape[1], -1, width)
     out = F.scaled_dot_product_attention(query, key, value, attn_mask=attention_mask, scale=scaling)
     return out.reshape(batch, 1, heads, width), None
+
+
+def sample_sdpa_forward(
+    module: nn.Module,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    attention_mask: None,
+    scaling: float,
+    samples: list[list[int]],
+    dropout: float = 0.0,
+    **kwargs: Any,
+) -> tuple[torch.Tensor, None]:
+    """Causal attention inside each sample of packed rows, [B, heads, T, D] -> [B, T, heads, D].
+
+    A whole mask would make a pack cost the square of its length; this costs the squares of its samples' lengths.
+
+    Args:
+        samples: for each row the lengths of its samples, which add up to T.
+    """
+    rows = []
+    for row, lengths in enumerate(samples):
+        parts = zip(*(x[row : row + 1].split(lengths, dim=2) for x in (query, key, value)), strict=True)
+        attended = [
+            F.scaled_dot_product_attention(q, k, v, dropout_p=dropout, is_causal=True, scale=scaling, enable_gqa=True)
+            for q, k, v in parts
+        ]
+        rows.append(torch.cat(attended, dim=2))
+    return torch.cat(rows).transpose(1, 2), None
+
+
+def sample_lengths(position_ids: torch.Tensor) -> list[list[int]] | None:
+    """int64 [B, T] -> for each row the lengths of its samples, which begin where positions do not go on by one; None
+    where no row holds more than one. The host waits for the device once.
+    """
+    starts = (position_ids.diff(dim=-1) != 1).nonzero().tolist()
+    if not starts:
+        return None
+    length = position_ids.shape[1]
+    cuts = [[0, *(place + 1 for row, place in starts if row == number), length] for number in range(len(position_ids))]
+    return [[end - start for start, end in itertools.pairwise(row)] for row in cuts]
 
 
 class MonoInternVLAttention(nn.Module):
@@ -348,6 +390,7 @@ class MonoInternVLAttention(nn.Module):
         past_key_values: Cache | None = None,
         routing: RoutingPlan | None = None,
         queries: int | None = None,
+        samples: list[list[int]] | None = None,
         **kwargs: Any,
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
         q, k, v = self.project(hidden_states, routing, queries)
@@ -362,8 +405,10 @@ class MonoInternVLAttention(nn.Module):
             self.config._attn_implementation, eager_attention_forward
         )
         dropout = self.attention_dropout if self.training else 0.0
-        if self._reads_cache_once(q, attention_mask):
-            attend = packed_sdpa_forward
+        if samples is not None:
+            attend, kwargs["samples"] = sample_sdpa_forward, samples
+        elif self._reads_cache_once(q, attention_mask):
+            attend = grouped_sdpa_forward
         out, weights = attend(self, q, k, v, attention_mask, dropout=dropout, scaling=self.scaling, **kwargs)
         out = out.reshape(*out.shape[:2], -1).contiguous()
         if routing is None or not self.visual_o or queries is not None:
@@ -372,7 +417,7 @@ class MonoInternVLAttention(nn.Module):
         return routing.merge(self.o_proj(text), self.visual_o_proj(visual), out.shape[:2]), weights
 
     def _reads_cache_once(self, q: torch.Tensor, mask: torch.Tensor | None) -> bool:
-        """Whether `packed_sdpa_forward` applies: decoding with a mask, as with a static cache, under sdpa."""
+        """Whether `grouped_sdpa_forward` applies: decoding with a mask, as with a static cache, under sdpa."""
         if self.config._attn_implementation != "sdpa" or q.shape[2] != 1 or self.training:
             return False
         return self.num_key_value_groups > 1 and mask is not None and mask.shape[1] == 1
@@ -561,7 +606,12 @@ class MonoInternVLTextModel(MonoInternVLPreTrainedModel):
             inputs_embeds = self.embed_tokens(input_ids)
         if use_cache and past_key_values is None:
             past_key_values = DynamicCache(config=self.config)
-        mask = self._causal_mask(inputs_embeds, attention_mask, past_key_values, position_ids)
+        samples = None
+        if attention_mask is None and past_key_values is None and position_ids is not None and self._may_wait():
+            samples = sample_lengths(position_ids.expand(inputs_embeds.shape[0], -1))
+        mask = None
+        if samples is None:
+            mask = self._causal_mask(inputs_embeds, attention_mask, past_key_values, position_ids)
         if position_ids is None:
             past = past_key_values.get_seq_length() if past_key_values is not None else 0
             position_ids = torch.arange(inputs_embeds.shape[1], device=inputs_embeds.device).unsqueeze(0) + past
@@ -578,11 +628,14 @@ class MonoInternVLTextModel(MonoInternVLPreTrainedModel):
                 position_ids=position_ids,
                 past_key_values=past_key_values,
                 routing=routing,
+                samples=samples,
                 **kwargs,
             )
         if check is not None and not check.settle():
             keep = None
-        mask, queries = self._last_queries(mask, keep, past_key_values)
+        queries = None
+        if samples is None:
+            mask, queries = self._last_queries(mask, keep, past_key_values)
         x = self.layers[-1](
             x,
             attention_mask=mask,
@@ -592,6 +645,7 @@ class MonoInternVLTextModel(MonoInternVLPreTrainedModel):
             routing=routing,
             keep=keep,
             queries=queries,
+            samples=samples,
             **kwargs,
         )
         return BaseModelOutputWithPast(last_hidden_state=self.norm(x), past_key_values=past_key_values)
@@ -615,6 +669,11 @@ class MonoInternVLTextModel(MonoInternVLPreTrainedModel):
             past_key_values=cache,
             position_ids=position_ids,
         )
+
+    def _may_wait(self) -> bool:
+        """Whether packed samples are attended to one by one: by sdpa, where the host may look at the positions."""
+        capturing = torch.cuda.is_available() and torch.cuda.is_current_stream_capturing()
+        return self.config._attn_implementation == "sdpa" and not capturing and not torch.compiler.is_compiling()
 
     def _last_queries(self, mask: Any, keep: int | None, cache: Cache | None) -> tuple[Any, int | None]:
         """The mask of the last `keep` queries, where the backend lets us leave the other queries out."""

@@ -189,6 +189,30 @@ def test_packed_samples_still_do_not_see_each_other():
     torch.testing.assert_close(packed, alone, atol=1e-5, rtol=1e-5)
 
 
+def test_under_sdpa_a_pack_costs_the_squares_of_its_samples_and_no_mask(monkeypatch):
+    positions = torch.stack([torch.cat([torch.arange(n) for n in row]) for row in ((5, 4, 3), (2, 9, 1))])
+    ids = ROWS[1:, 3:].repeat(2, 1)
+    seen = []
+    original = F.scaled_dot_product_attention
+
+    def watched(query, key, value, attn_mask=None, **options):
+        seen.append((query.shape[2], key.shape[2], attn_mask is None and options["is_causal"]))
+        return original(query, key, value, attn_mask=attn_mask, **options)
+
+    eager, sdpa = tiny_model(attn_implementation="eager"), tiny_model(attn_implementation="sdpa")
+    with torch.no_grad():
+        expected = eager(ids, position_ids=positions, use_cache=False).logits
+        monkeypatch.setattr(F, "scaled_dot_product_attention", watched)
+        for keep in (0, 1):
+            logits = sdpa(ids, position_ids=positions, use_cache=False, logits_to_keep=keep).logits
+            torch.testing.assert_close(logits, expected[:, -keep:], atol=1e-5, rtol=1e-5)
+            assert seen == 3 * [(n, n, True) for n in (5, 4, 3, 2, 9, 1)]
+            seen.clear()
+        # One sample a row, wherever it begins, is plain causal attention.
+        sdpa(ids, position_ids=torch.arange(7, 19)[None], use_cache=False)
+    assert [(q, k) for q, k, _ in seen] == 3 * [(12, 12)]
+
+
 # ---------------------------------------------------------------------------------------------------------- the harness
 
 
