@@ -608,11 +608,10 @@ class MonoInternVLImageProcessor(BaseImageProcessor):
         else:
             empty = np.empty((0, self.patches_per_tile, PATCH_DIM), dtype=np.uint8)
             raw = np.concatenate([empty, *patches])
-        pixel_values = torch.from_numpy(raw)
-        if self.do_normalize if do_normalize is None else do_normalize:
-            pixel_values = self._normalize(pixel_values)
+        normalized = self.do_normalize if do_normalize is None else do_normalize
+        values = self._normalize(raw) if normalized else raw
         # Plain Python numbers would become float32 where the list is empty.
-        data = {"pixel_values": pixel_values.numpy(), "num_tiles": np.asarray(num_tiles, dtype=np.int64)}
+        data = {"pixel_values": values, "num_tiles": np.asarray(num_tiles, dtype=np.int64)}
         if return_tensors is None:
             data["num_tiles"] = num_tiles  # type: ignore[assignment]
         return BatchFeature(data, tensor_type=return_tensors)
@@ -685,14 +684,18 @@ class MonoInternVLImageProcessor(BaseImageProcessor):
             _cut(_resize(image, side, side), out[count:], 1, 1, p)
         return out
 
-    def _normalize(self, pixel_values: torch.Tensor) -> torch.Tensor:
+    def _normalize(self, pixel_values: np.ndarray) -> np.ndarray:
         """uint8 [tiles, patches, D] -> float32, in the reference's order: a product with 1/255 would be 1 ulp off."""
-        mean = torch.tensor(self.image_mean, dtype=torch.float32)[:, None]
-        std = torch.tensor(self.image_std, dtype=torch.float32)[:, None]
-        values = torch.empty(pixel_values.shape, dtype=torch.float32)
+        mean = np.asarray(self.image_mean, dtype=np.float32)[:, None]
+        std = np.asarray(self.image_std, dtype=np.float32)[:, None]
+        values = np.empty(pixel_values.shape, dtype=np.float32)
         # A tile at a time, so that the four passes find it in the cache.
         for tile, target in zip(pixel_values, values, strict=True):
-            target.copy_(tile).view(-1, 3, PATCH_SIZE * PATCH_SIZE).div_(255).sub_(mean).div_(std)
+            target[...] = tile
+            channels = target.reshape(-1, 3, PATCH_SIZE * PATCH_SIZE)
+            channels /= np.float32(255)
+            channels -= mean
+            channels /= std
         return values
 
 

@@ -11,6 +11,7 @@ VERSION = re.search(r'^__version__ = "(.+)"$', (ROOT / "__init__.py").read_text(
 
 TRAIN = ["accelerate", "peft", "datasets", "tensorboard", "pyyaml"]
 EVAL = ["matplotlib"]
+FONTS = [f"font-{name}" for name in ("caladea", "lato", "manrope", "roboto", "source-sans-pro", "source-serif-pro")]
 
 setup(
     name="mono-internvl",
@@ -54,6 +55,8 @@ setup(
         "demo": ["gradio>=6"],
         "quant": ["torchao", "bitsandbytes"],
         "eval": EVAL,
+        # The fonts that the bundled model learnt its digits from.
+        "nano": [*TRAIN, *EVAL, *FONTS],
         "dev": [*TRAIN, *EVAL, "trl", "pytest", "ruff", "mypy"],
     },
     entry_points={

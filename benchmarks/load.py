@@ -93,7 +93,8 @@ def _child(mode: str, folder: Path, *more: str) -> dict[str, Any]:
         [sys.executable, "-m", _MODULE, mode, str(folder), *more], capture_output=True, text=True, check=False
     )
     if result.returncode:
-        raise RuntimeError(f"{_MODULE} {mode} failed: {result.stderr.strip().splitlines()[-1]}")
+        lines = result.stderr.strip().splitlines() or [f"exit status {result.returncode}, out of memory perhaps"]
+        raise RuntimeError(f"{_MODULE} {mode} failed: {lines[-1]}")
     return json.loads(result.stdout.splitlines()[-1])
 
 

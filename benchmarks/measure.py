@@ -91,7 +91,7 @@ def recorded(notes: dict[str, str], name: str) -> Iterator[None]:
     try:
         yield
     except Exception as error:
-        logger.warning("%s failed", name, exc_info=True)
+        logger.info("%s failed", name, exc_info=True)
         notes[name] = f"{type(error).__name__}: {(str(error).splitlines() or [''])[0]}"
 
 

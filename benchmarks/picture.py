@@ -1,4 +1,4 @@
-"""Draw a report: the prompt's time against its tokens for the peers and the limit, and growth with tiles and batch."""
+"""Draw a report: the prompt's time against its tokens for the peers and the limit, the first token's, growth."""
 
 import io
 from pathlib import Path
@@ -10,7 +10,8 @@ from matplotlib.figure import Figure
 from ..cli.common import written_whole
 
 
-_COLOURS = {"ours": "#0b7285", "dense twin": "#495057", "both experts": "#e8590c", "FLOP limit": "#adb5bd"}
+_COLOURS = {"ours": "#0b7285", "dense twin": "#495057", "both experts": "#e8590c", "modular twin": "#862e9c"}
+_COLOURS |= {"FLOP limit": "#adb5bd"}
 
 
 def draw(report: dict[str, Any], ending: str = "png") -> bytes:
@@ -23,13 +24,16 @@ def draw(report: dict[str, Any], ending: str = "png") -> bytes:
     if not prefill:
         raise ValueError("the report holds no prefill figures: run the part prefill first")
     modes = list(dict.fromkeys(entry["mode"] for entry in prefill))
+    first_token = [entry for entry in report["parts"].get("ttft", {}).get("rows", []) if "picture" in entry["mode"]]
     scaling = report["parts"].get("scaling", {}).get("rows", [])
-    panels = len(modes) + bool(scaling)
+    panels = len(modes) + bool(first_token) + bool(scaling)
     matplotlib.rcParams["font.size"] = 9
     figure = Figure(figsize=(max(6.0, 4.4 * panels), 3.9), layout="constrained")
     axes = figure.subplots(1, panels, squeeze=False)[0]
     for axis, mode in zip(axes, modes, strict=False):
         _draw_prefill(axis, [entry for entry in prefill if entry["mode"] == mode], mode)
+    if first_token:
+        _draw_first_token(axes[len(modes)], first_token)
     if scaling:
         _draw_growth(axes[-1], scaling)
     machine, settings = report["machine"], report["settings"]
@@ -56,6 +60,18 @@ def _draw_prefill(axis: Any, rows: list[dict[str, Any]], mode: str) -> None:
         style = "--" if name == "FLOP limit" else "-"
         axis.plot(*zip(*points, strict=True), style, marker="o", label=name, color=_COLOURS[name])
     axis.set(xlabel="tokens of the prompt", ylabel="seconds", title=f"prefill, {mode}", ylim=(0, None))
+    axis.grid(alpha=0.3)
+    axis.legend()
+
+
+def _draw_first_token(axis: Any, rows: list[dict[str, Any]]) -> None:
+    tokens = [entry["tokens"] for entry in rows]
+    for name, seconds in (
+        ("ours", [entry["seconds"] for entry in rows]),
+        ("modular twin", [entry["seconds"] / entry["ratio"] for entry in rows]),
+    ):
+        axis.plot(tokens, seconds, marker="o", label=name, color=_COLOURS[name])
+    axis.set(xlabel="tokens of the prompt", ylabel="seconds", title="picture to first token", ylim=(0, None))
     axis.grid(alpha=0.3)
     axis.legend()
 

@@ -8,6 +8,7 @@ from PIL import Image
 
 from ..image_processing_mono_internvl import IMAGENET_MEAN, IMAGENET_STD, MonoInternVLImageProcessor, choose_grid
 from .measure import Place, interleave, row
+from .peers import preset_config
 
 
 def photograph(width: int, height: int, seed: int = 0) -> Image.Image:
@@ -34,15 +35,21 @@ def per_tile_recipe(picture: Image.Image, cols: int, rows: int, side: int) -> np
 
 
 def run_preprocess(
-    place: Place, *, sizes: tuple[tuple[int, int], ...] = ((1600, 1200), (4000, 3000)), seconds: float = 20.0
+    place: Place,
+    *,
+    preset: str = "2b",
+    sizes: tuple[tuple[int, int], ...] = ((1600, 1200), (4000, 3000)),
+    seconds: float = 20.0,
 ) -> dict[str, Any]:
-    """12 tiles and the thumbnail of 4:3 pictures; on CUDA the uint8 path ends on the device, normalised there."""
+    """12 tiles (of the preset's size) and the thumbnail of 4:3 pictures; on CUDA the uint8 path ends on the device,
+    normalised there.
+    """
     import torch
 
     from ..configuration_mono_internvl import MonoInternVLVisionConfig
     from ..modeling_mono_internvl import MonoInternVLVisionEmbeddings
 
-    processor = MonoInternVLImageProcessor()
+    processor = MonoInternVLImageProcessor(tile_size=preset_config(preset).vision_config.image_size)
     side = processor.tile_size
     embeddings = MonoInternVLVisionEmbeddings(MonoInternVLVisionConfig(hidden_size=4)).to(place.device)
 

@@ -51,12 +51,16 @@ def attention(
     check_dtype(dtype)
     check_picture_output(out)
     chosen = parse_layers(layers)
+    if not question.strip():
+        raise typer.BadParameter("the question is empty", param_hint="QUESTION")
     image = load_picture(picture, max_pixels)
     from ..evaluation.attention import collect_attention, draw_attention
 
     loaded, processor = load_model(resolve_model(model), device=device, dtype=dtype, image_token_id=image_token_id)
     processor.image_processor.max_pixels = max_pixels
     depth = loaded.config.text_config.num_hidden_layers
+    if chosen is not None and chosen[-1] >= depth:
+        raise ValueError(f"--layers {chosen[-1] + 1}: this model has layers 1 to {depth}")
     with status("looking"):
         maps = collect_attention(
             loaded,
@@ -68,7 +72,7 @@ def attention(
             max_new_tokens=max_new_tokens,
         )
         if token > len(maps.answer):
-            raise ValueError(f"--token {token}: the answer has {len(maps.answer)} tokens: {''.join(maps.answer)!r}")
+            raise ValueError(f"--token {token}: the answer's {len(maps.answer)} token(s) are {''.join(maps.answer)!r}")
         drawing = draw_attention(maps, image, token - 1)
         with written_whole(out) as temporary:
             drawing.save(temporary)

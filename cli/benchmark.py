@@ -3,26 +3,32 @@
 from __future__ import annotations
 
 import json
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
-from .common import note
+from .common import check_output, note
 
 
-_PARTS = "routing, prefill, ttft, decode, serve, preprocess, train, packing, memory, loading, load, scaling"
+_PARTS = (
+    *("preprocess", "routing", "prefill", "ttft", "decode", "serve", "scaling"),
+    *("train", "packing", "memory", "loading", "load"),
+)
+_PICTURES = (".png", ".svg", ".pdf")
 
 
 def benchmark(
     parts: Annotated[
-        list[str], typer.Argument(metavar="PART...", help=f"{_PARTS}; all; picture: draw the report given by --json")
+        list[str],
+        typer.Argument(metavar="PART...", help=f"{', '.join(_PARTS)}; all that have a goal; picture: draw --json"),
     ],
     preset: Annotated[str, typer.Option(metavar="2b|nano", help="dimensions; weights are random")] = "2b",
     device: Annotated[str, typer.Option(metavar="cpu|cuda", help="float32 on cpu, bfloat16 on cuda")] = "cpu",
     layers: Annotated[
         int | None,
-        typer.Option(min=1, metavar="N", help="layers of text model and vision tower  [default: all; 2b on cpu: 4]"),
+        typer.Option(min=1, metavar="N", help="layers of text model and vision tower  [default: all; 2b on cpu: 8]"),
     ] = None,
     budget_seconds: Annotated[
         float | None, typer.Option(min=1, metavar="S", help="leave out parts that would not end in time")
@@ -35,14 +41,10 @@ def benchmark(
     ] = None,
 ) -> None:
     """Measure against a dense twin, the modular twin, both experts on every token, and this machine's limits."""
-    if parts == ["picture"]:
-        if json_file is None or picture is None:
-            raise typer.BadParameter("picture needs --json FILE (a report) and --picture FILE (what to write)")
-        _draw(json.loads(json_file.read_text(encoding="utf-8")), picture)
+    drawing_only = _check(parts, json_file, picture)
+    if drawing_only and json_file is not None and picture is not None:
+        _draw(_read_report(json_file), picture)
         return
-    for path in (json_file, picture):
-        if path is not None and not path.absolute().parent.is_dir():
-            raise FileNotFoundError(f"{path} cannot be written: no such folder {path.parent}")
 
     from ..benchmarks.measure import choose_place, print_rows
     from ..benchmarks.suite import run_parts
@@ -75,10 +77,52 @@ def benchmark(
         raise typer.Exit(1)
 
 
-def _draw(report: dict[str, Any], path: Path) -> None:
+def _check(parts: list[str], json_file: Path | None, picture: Path | None) -> bool:
+    """Whether there is only a picture to draw; whatever can be refused is refused before anything is measured."""
+    allowed = f"allowed are {', '.join(_PARTS)}, or one of all and picture alone"
+    if unknown := [part for part in parts if part not in (*_PARTS, "all", "picture")]:
+        raise typer.BadParameter(f"no such benchmark: {', '.join(unknown)}; {allowed}", param_hint="PART")
+    if len(parts) > 1 and ("all" in parts or "picture" in parts):
+        raise typer.BadParameter(f"{' '.join(parts)}: {allowed}", param_hint="PART")
+    drawing_only = parts == ["picture"]
+    if drawing_only and (json_file is None or picture is None):
+        raise typer.BadParameter("picture needs --json FILE (a report) and --picture FILE (what to write)")
+    if json_file is not None and str(json_file) != "-" and not drawing_only:
+        check_output(json_file)
+    if picture is not None:
+        if picture.suffix.lower() not in _PICTURES:
+            raise ValueError(f"{picture} cannot be written: the picture's name must end in {', '.join(_PICTURES)}")
+        check_output(picture)
+        if not {"all", "prefill", "picture"} & set(parts):
+            raise typer.BadParameter(
+                "it is drawn from the part prefill, which is not asked for", param_hint="--picture"
+            )
+        if find_spec("matplotlib") is None:
+            raise ImportError("drawing needs matplotlib: pip install 'mono-internvl[eval]'")
+    return drawing_only
+
+
+def _read_report(path: Path) -> dict[str, Any]:
     try:
-        from ..benchmarks.picture import save
-    except ImportError as error:
-        raise ImportError("drawing needs matplotlib: pip install 'mono-internvl[eval]'") from error
+        report = json.loads(path.read_text(encoding="utf-8"))
+        for part in report["parts"].values():
+            for row in part["rows"]:
+                row["what"]
+        for row in report["parts"]["prefill"]["rows"]:
+            row["mode"], row["tokens"], row["seconds"], row["ratio"], row["against"]
+        (
+            report["machine"]["name"],
+            report["machine"]["dtype"],
+            report["settings"]["preset"],
+            report["settings"]["layers"],
+        )
+    except (json.JSONDecodeError, KeyError, TypeError, AttributeError) as error:
+        raise ValueError(f"{path} is no report of mono-internvl benchmark with the part prefill: {error!r}") from error
+    return report
+
+
+def _draw(report: dict[str, Any], path: Path) -> None:
+    from ..benchmarks.picture import save
+
     save(report, path)
     note(f"wrote {path}")

@@ -246,7 +246,9 @@ def _choose_device(device: str) -> torch.device:
     try:
         place = torch.device(device)
     except RuntimeError:
-        raise ValueError(f"device {device!r} is not one of auto, cpu, cuda, cuda:N, mps") from None
+        place = None
+    if place is None or place.type not in ("cpu", "cuda", "mps"):
+        raise ValueError(f"device {device!r} is not one of auto, cpu, cuda, cuda:N, mps")
     if place.type == "cuda" and (place.index or 0) >= torch.cuda.device_count():
         raise ValueError(f"device {device}: this machine has {torch.cuda.device_count()} CUDA devices that torch sees")
     if place.type == "mps" and not torch.backends.mps.is_available():
@@ -303,19 +305,33 @@ def written_whole(path: Path) -> Iterator[Path]:
         temporary.unlink(missing_ok=True)
 
 
+def check_output(path: Path) -> None:
+    """Refuse, before the work, a file that could not be written after it.
+
+    Raises:
+        FileNotFoundError: its folder is not there. IsADirectoryError, PermissionError: as they say.
+    """
+    folder = path.absolute().parent
+    if not folder.is_dir():
+        raise FileNotFoundError(f"{path} cannot be written: no such folder {path.parent}")
+    if path.is_dir():
+        raise IsADirectoryError(f"{path} cannot be written: it is a folder")
+    if not os.access(folder, os.W_OK):
+        raise PermissionError(f"{path} cannot be written: {folder} allows no new files")
+
+
 def check_picture_output(path: Path) -> None:
     """Refuse, before the work, a name that Pillow cannot write or a folder that is not there.
 
     Raises:
-        ValueError: the ending. FileNotFoundError: the folder.
+        ValueError: the ending. OSError: see `check_output`.
     """
     from PIL import Image
 
     Image.init()
     if Image.registered_extensions().get(path.suffix.lower()) not in Image.SAVE:
         raise ValueError(f"{path} cannot be written: its ending must be that of a picture, such as .png or .jpg")
-    if not path.absolute().parent.is_dir():
-        raise FileNotFoundError(f"{path} cannot be written: no such folder {path.parent}")
+    check_output(path)
 
 
 def font(size: int, text: str = "") -> ImageFont.FreeTypeFont | ImageFont.ImageFont:

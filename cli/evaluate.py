@@ -16,6 +16,7 @@ from .common import (
     MaxTilesOption,
     ModelOption,
     check_dtype,
+    check_output,
     load_model,
     note,
     progress_bar,
@@ -41,8 +42,8 @@ def evaluate(
 ) -> None:
     """Ask a model about plain shapes and numbers; print what it gets right."""
     check_dtype(dtype)
-    if out is not None and not out.absolute().parent.is_dir():
-        raise FileNotFoundError(f"{out} cannot be written: no such folder {out.parent}")
+    if out is not None:
+        check_output(out)
     folder = resolve_model(model)
     from ..evaluation.plate_pictures import BOXES, evaluation_set
     from ..evaluation.plate_world import evaluate as answer_all

@@ -38,8 +38,11 @@ class MonoInternVLForLmmsEval(lmms):
         **kwargs: Any,
     ):
         super().__init__()
-        if int(batch_size) != 1:
+        if str(batch_size) != "1":
             raise ValueError(f"batch_size={batch_size}: questions are answered one by one; use 1")
+        # lmms-eval itself adds this one.
+        if unknown := set(kwargs) - {"max_batch_size"}:
+            raise ValueError(f"unknown model_args {', '.join(sorted(unknown))}; allowed are pretrained, device, dtype")
         self.model, self.processor = load_model(resolve_model(pretrained), device=device or "auto", dtype=dtype)
 
     def generate_until(self, requests: list[Instance]) -> list[str]:

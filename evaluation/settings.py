@@ -64,11 +64,15 @@ PAPER_SETTINGS = {
     "mmvet": Setting(6, ""),
     "mathvista": Setting(6, ""),
 }
+# Benchmarks of others whose names begin like one of these.
+OTHERS = ("mmmupro", "mmecot", "mmebench", "mmesci", "ocrbenchv2", "chartqapro", "docvqahi", "mmvetv2", "mmevideo")
 
 
 def setting_for(dataset: str) -> Setting:
     """The paper's setting of a benchmark, by the longest name that begins the given one; else 6 tiles."""
     name = re.sub(r"[^a-z0-9]", "", dataset.lower())
+    if name.startswith(OTHERS):
+        return Setting()
     known = [prefix for prefix in PAPER_SETTINGS if name.startswith(prefix)]
     return PAPER_SETTINGS[max(known, key=len)] if known else Setting()
 

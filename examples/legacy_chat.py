@@ -46,13 +46,16 @@ def chat(
     return_history: bool = False,
     num_patches_list: list[int] | None = None,
     verbose: bool = False,
+    **tokens: str,
 ) -> str | tuple[str, History]:
     """Ask one question. `pixel_values`: the tiles of all pictures of the conversation, [tiles, 3, S, S];
-    `num_patches_list`: how many tiles each picture has, by default all are one picture's.
+    `num_patches_list`: how many tiles each picture has, by default all are one picture's; `tokens`: IMG_START_TOKEN and
+    so on, which only repeat what the tokenizer knows.
 
     Raises:
-        ValueError: tiles, pictures and `<image>` marks do not match.
+        ValueError: tiles, pictures and `<image>` marks do not match, or a token is another than the tokenizer's.
     """
+    _check_tokens(tokens)
     tiles = _tiles_by_picture(pixel_values, num_patches_list)
     turns = list(history or [])
     question = place_images(question, len(tiles) - sum(asked.count("<image>") for asked, _ in turns))
@@ -69,13 +72,37 @@ def batch_chat(
     questions: list[str],
     generation_config: dict[str, Any],
     num_patches_list: list[int] | None = None,
+    history: None = None,
+    return_history: bool = False,
+    image_counts: list[int] | None = None,
+    verbose: bool = False,
+    **tokens: str,
 ) -> list[str]:
-    """Ask several questions, each about its own picture, in one batch."""
+    """Ask several questions, each about its own picture, in one batch. `image_counts` is `num_patches_list`'s old name.
+
+    Raises:
+        NotImplementedError: a history, which the old one refused too.
+        ValueError: tiles, pictures and questions do not match, or a token is another than the tokenizer's.
+    """
+    if history is not None or return_history:
+        raise NotImplementedError("batch_chat has no history; call chat for each conversation")
+    _check_tokens(tokens)
+    num_patches_list = image_counts if num_patches_list is None else num_patches_list
     tiles = _tiles_by_picture(pixel_values, num_patches_list)
     if tiles and len(tiles) != len(questions):
         raise ValueError(f"{len(tiles)} pictures for {len(questions)} questions; batch_chat takes one each")
     prompts: list[list[tuple[str, str | None]]] = [[(place_images(q, 1 if tiles else 0), None)] for q in questions]
-    return _answer(model, tokenizer, pixel_values, prompts, tiles, generation_config)
+    responses = _answer(model, tokenizer, pixel_values, prompts, tiles, generation_config)
+    if verbose:
+        print(*(f"{question}\n{response}" for question, response in zip(questions, responses, strict=True)), sep="\n")
+    return responses
+
+
+def _check_tokens(tokens: dict[str, str]) -> None:
+    known = {"IMG_START_TOKEN": "<img>", "IMG_END_TOKEN": "</img>", "IMG_CONTEXT_TOKEN": "<IMG_CONTEXT>"}
+    for name, token in tokens.items():
+        if known.get(name) != token:
+            raise ValueError(f"{name}={token!r}: allowed are {', '.join(f'{n}={t!r}' for n, t in known.items())}")
 
 
 def _tiles_by_picture(pixel_values: torch.Tensor | None, num_patches_list: list[int] | None) -> list[int]:

@@ -15,8 +15,22 @@ from mono_internvl.training.sources import read_messages
 
 
 def read_records(path: Path) -> list[dict[str, Any]]:
-    records = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
-    return [{**record, "images": [str(path.parent / name) for name in record["images"]]} for record in records]
+    """All records, with paths for pictures.
+
+    Raises:
+        ValueError: a line that is no record, or no line at all.
+    """
+    records = []
+    for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), 1):
+        try:
+            record = json.loads(line)
+            pictures = [str(path.parent / name) for name in record.get("images", [])]
+            records.append({"messages": record["messages"], "images": pictures})
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
+            raise ValueError(f'{path}, line {number}: not {{"messages": [...], "images": [...]}}: {error!r}') from error
+    if not records:
+        raise ValueError(f"{path} holds no record")
+    return records
 
 
 def encode_record(processor: MonoInternVLProcessor, record: dict[str, Any]) -> dict[str, torch.Tensor]:

@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 from PIL import Image
 
 from ..cli.chat import draw_boxes
+from ..cli.common import one_line
 from ..cli.tiles import cut, draw_tiling
 from ..image_processing_mono_internvl import load_image
 from ..modeling_mono_internvl import MonoInternVLForCausalLM, place_images
@@ -190,9 +191,9 @@ def build_page(model: MonoInternVLForCausalLM, processor: MonoInternVLProcessor,
                 yield {chat: [*shown, reply], state: conversation}
             seen = look(processor, conversation, int(max_tiles), limit)
             drawn = draw_answer(processor, conversation)
-        except (ValueError, OSError) as error:
+        except (ValueError, OSError, MemoryError, RuntimeError) as error:  # torch says RuntimeError of full memory
             # The question goes back into its field; for the model it was never asked.
-            problem = {"role": "assistant", "content": f"⚠️ {error}"}
+            problem = {"role": "assistant", "content": f"⚠️ {one_line(error)}"}
             yield {chat: [*shown, problem], box: gr.MultimodalTextbox(value={"text": text}, interactive=True)}
             return
         yield {

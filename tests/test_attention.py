@@ -120,5 +120,11 @@ def test_the_command(tmp_path):
     assert done.stdout.startswith("*   1 ") and Image.open(out).size[0] > 500
     done = run("What color is the star?", "-o", tmp_path / "no.png", "--token", 60)
     assert done.exit_code == 1 and done.stderr.startswith("error: --token 60: the answer has ")
+    done = run("What?", "-o", tmp_path / "no.png", "--layers", "2,7")
+    assert done.exit_code == 1 and done.stderr.strip() == "error: --layers 7: this model has layers 1 to 6"
+    done = run(" ", "-o", tmp_path / "no.png")
+    assert done.exit_code == 2 and "the question is empty" in done.stderr
+    done = run("What?", "-o", tmp_path)
+    assert done.exit_code == 1 and len(done.stderr.splitlines()) == 1
     done = run("What?", "-o", tmp_path / "no.png", "--layers", "0")
     assert done.exit_code == 2 and not (tmp_path / "no.png").exists()

@@ -509,6 +509,39 @@ def test_batches_answer_as_chat_does(folder):
     assert len(results.errors) == 7
 
 
+@pytest.mark.parametrize(
+    ("arguments", "status", "message"),
+    [
+        (["speed"], 2, "no such benchmark: speed; allowed are preprocess, routing"),
+        (["all", "prefill"], 2, "one of all and picture alone"),
+        (["picture"], 2, "picture needs --json FILE"),
+        (["prefill", "--picture", "x.jpg"], 1, "must end in .png, .svg, .pdf"),
+        (["decode", "--picture", "x.png"], 2, "drawn from the part prefill"),
+        (["decode", "--json", "."], 1, "it is a folder"),
+        (["decode", "--json", "nowhere/x.json"], 1, "no such folder nowhere"),
+        (["decode", "--device", "tpu"], 1, "'tpu' is not one of cpu, cuda"),
+        (
+            ["picture", "--json", "bad.json", "--picture", "x.png"],
+            1,
+            "bad.json is no report of mono-internvl benchmark",
+        ),
+        (["picture", "--json", "empty.json", "--picture", "x.png"], 1, "empty.json is no report"),
+    ],
+)
+def test_benchmark_refuses_before_it_measures(tmp_path, monkeypatch, arguments, status, message):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "bad.json").write_text("no JSON")
+    (tmp_path / "empty.json").write_text("[]")
+    result = run("benchmark", *arguments)
+    assert result.exit_code == status and message in " ".join(result.stderr.split()), result.stderr
+
+
+def test_devices_are_refused_by_name(folder, tmp_path):
+    for device in ("meta", "xla", "cuda:9", "gpu"):
+        assert f"device {device}" in failure("evaluate", "--model", folder, "--device", device).replace("'", "")
+    assert "it is a folder" in failure("evaluate", "--model", folder, "--json", tmp_path)
+
+
 def test_evaluate_command(folder, tmp_path):
     pytest.importorskip("matplotlib", reason="the evaluation pictures are drawn by matplotlib")
     out = tmp_path / "results.json"

@@ -16,7 +16,7 @@ from PIL import Image
 from conftest import ROOT
 from mono_internvl.cli.common import load_model, resolve_model
 from mono_internvl.evaluation import settings
-from mono_internvl.evaluation.settings import CHOICE, CHOICE_CHINESE, SHORT, ask, paper_prompt, setting_for
+from mono_internvl.evaluation.settings import CHOICE, CHOICE_CHINESE, SHORT, Setting, ask, paper_prompt, setting_for
 
 
 def needs(module: str):
@@ -39,6 +39,11 @@ PLATE = ROOT / "examples" / "plate.png"
 def test_tiles_of_the_paper(name, max_tiles):
     assert setting_for(name).max_tiles == max_tiles
     assert setting_for(name).scale == (2 if "mmmu" in name.lower() else 1)
+
+
+@pytest.mark.parametrize("name", ["MMMU_Pro_10c", "mme_cot", "OCRBench_v2", "chartqapro", "MMVet_v2"])
+def test_benchmarks_of_others_that_begin_alike_are_left_alone(name):
+    assert setting_for(name) == Setting() and paper_prompt("What?", name) == "What?"
 
 
 @pytest.mark.parametrize(

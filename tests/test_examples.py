@@ -37,6 +37,21 @@ def nano() -> MonoInternVLForCausalLM:
     return MonoInternVLForCausalLM.from_pretrained(ROOT, dtype=torch.float32).eval()
 
 
+def test_bad_records_are_named(example, tmp_path):
+    records, path = example("records"), tmp_path / "data.jsonl"
+    for text, message in (
+        ("", "data.jsonl holds no record"),
+        ('{"messages": []}\n{', "data.jsonl, line 2: not"),
+        ('{"images": []}', "line 1: not .*KeyError"),
+        ("[1]", "line 1: not"),
+    ):
+        path.write_text(text)
+        with pytest.raises(ValueError, match=message):
+            records.read_records(path)
+    path.write_text('{"messages": []}')
+    assert records.read_records(path) == [{"messages": [], "images": []}]
+
+
 @torch.no_grad()
 def loss_on_plates(model, processor, records) -> float:
     encoded = [records.encode_record(processor, record) for record in records.read_records(PLATES)]
@@ -195,6 +210,20 @@ def test_old_chat_refuses_counts_that_differ(example, tokenizer):
         legacy.chat(model, tokenizer, tiles, "<image> <image> What?", config)
     with pytest.raises(ValueError, match="1 pictures for 2 questions"):
         legacy.batch_chat(model, tokenizer, tiles, ["What?", "Where?"], config)
+
+
+def test_old_keywords_are_known(example, tokenizer):
+    legacy, model = example("legacy_chat"), nano()
+    tiles = legacy.load_image(EXAMPLES / "plate.png", input_size=224, max_num=1)
+    config = {"max_new_tokens": 3}
+    named = {"IMG_START_TOKEN": "<img>", "IMG_END_TOKEN": "</img>", "IMG_CONTEXT_TOKEN": "<IMG_CONTEXT>"}
+    expected = legacy.chat(model, tokenizer, tiles, "What?", config)
+    assert legacy.chat(model, tokenizer, tiles, "What?", config, **named) == expected
+    assert legacy.batch_chat(model, tokenizer, tiles, ["What?"], config, image_counts=[1], **named) == [expected]
+    with pytest.raises(ValueError, match="IMG_CONTEXT_TOKEN='<image>': allowed are IMG_START_TOKEN='<img>'"):
+        legacy.chat(model, tokenizer, tiles, "What?", config, IMG_CONTEXT_TOKEN="<image>")
+    with pytest.raises(NotImplementedError, match="batch_chat has no history"):
+        legacy.batch_chat(model, tokenizer, tiles, ["What?"], config, return_history=True)
 
 
 def test_old_chat_takes_typed_control_tokens_as_text(example, tokenizer):
