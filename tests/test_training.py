@@ -635,13 +635,15 @@ def test_two_ddp_processes_give_the_curve_of_one(tmp_path, dense, data):
     for name, chosen in (("pictures", with_picture), ("text", without)):
         (data / f"{name}.jsonl").write_text("\n".join(map(json.dumps, chosen)))
     changes = {"packing": False, "batch_size": 2, "steps": 6, "max_length": 400}
-    changes["expand"] = {"vision_hidden_size": 16, "tile_size": 56, "start": {"patch": 0.02, "position": 1.0}}
+    start = {"patch": 0.02, "position": 1.0}
+    changes["expand"] = {"vision_hidden_size": 16, "tile_size": 56, "max_tiles": 5, "start": start}
     path = recipe(tmp_path, dense, data, data=[str(data / "text.jsonl"), str(data / "pictures.jsonl")], **changes)
     stage = load_stage(path)
     order = mixture(open_sources(stage.data), stage.seed)
     firsts = [next(order).source for _ in range(12)]
     assert any(a != b for a, b in zip(firsts[::2], firsts[1::2], strict=True)), "no step has a rank with text alone"
-    run_stage(path, runs=tmp_path / "one")
+    trained = run_stage(path, runs=tmp_path / "one")
+    assert MonoInternVLProcessor.from_pretrained(trained).image_processor.max_tiles == 5
     done = torchrun("-m", "mono_internvl", "train", str(path), "--runs", str(tmp_path / "two"))
     assert done.returncode == 0, done.stderr[-2000:]
     torch.testing.assert_close(

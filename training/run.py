@@ -187,13 +187,17 @@ def _expanded(source: str, stage: Stage, folder: Path, state: PartialState) -> P
     if state.is_main_process and not target.is_dir():
         shutil.rmtree(unfinished, ignore_errors=True)
         options = dict(stage.expand or {})
-        start = options.pop("start", None)
+        start, max_tiles = options.pop("start", None), options.pop("max_tiles", None)
         experts = stage.visual_attention_experts or "none"
         expand_checkpoint(source, unfinished, visual_attention_experts=experts, **options)
         if start:
             model = MonoInternVLForCausalLM.from_pretrained(unfinished)
             start_vision(model, **start)
             model.save_pretrained(unfinished)
+        if max_tiles:
+            processor = MonoInternVLProcessor.from_pretrained(unfinished)
+            processor.image_processor.max_tiles = max_tiles
+            processor.save_pretrained(unfinished)
         unfinished.rename(target)
     state.wait_for_everyone()
     return target

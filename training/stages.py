@@ -33,7 +33,8 @@ class Stage:
     Args:
         description: what the stage is for, and its source.
         model: folder, Hub id or name of an earlier recipe (its output in the runs folder) to start from.
-        expand: options of `expand_checkpoint` that make a Mono-InternVL of a dense `model` first.
+        expand: options of `expand_checkpoint` that make a Mono-InternVL of a dense `model` first; also `start`
+            (`start_vision`'s) and `max_tiles`, which the model's processor keeps.
         dense: dimensions of a dense language model to start from at random instead of `model`; with `tokenizer`.
         tokenizer: folder of the tokenizer and processor; default: the model's.
         data: sources, each a path or a mapping with `path`, and `weight` or `repeat`, `root`, `name`, `max_tiles`;
