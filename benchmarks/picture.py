@@ -35,7 +35,7 @@ def draw(report: dict[str, Any], ending: str = "png") -> bytes:
     if first_token:
         _draw_first_token(axes[len(modes)], first_token)
     if scaling:
-        _draw_growth(axes[-1], scaling)
+        _draw_growth(axes[-1], scaling, report["parts"]["scaling"].get("settings", {}).get("layers"))
     machine, settings = report["machine"], report["settings"]
     figure.suptitle(
         f"{machine['name']}, {machine['dtype']}, {settings['preset']}, {settings['layers']} layers", fontsize=9
@@ -76,12 +76,13 @@ def _draw_first_token(axis: Any, rows: list[dict[str, Any]]) -> None:
     axis.legend()
 
 
-def _draw_growth(axis: Any, rows: list[dict[str, Any]]) -> None:
+def _draw_growth(axis: Any, rows: list[dict[str, Any]], layers: int | None) -> None:
     for kind, colour in (("tiles", "#0b7285"), ("batch", "#e8590c")):
         points = [(entry[kind], entry["seconds"]) for entry in rows if entry["kind"] == kind]
         label = "tiles, batch 1" if kind == "tiles" else "batch, 1 tile each"
         axis.plot(*zip(*points, strict=True), marker="o", label=label, color=colour)
-    axis.set(xlabel="tiles, or prompts", ylabel="seconds", title="growth, first token", xscale="log", yscale="log")
+    axis.set(xlabel="tiles, or prompts", ylabel="seconds", xscale="log", yscale="log")
+    axis.set_title(f"growth, first token, {layers} layers")
     axis.grid(alpha=0.3)
     axis.legend()
 

@@ -119,7 +119,7 @@ def test_the_command(tmp_path):
     assert done.exit_code == 0, done.output
     assert done.stdout.startswith("*   1 ") and Image.open(out).size[0] > 500
     done = run("What color is the star?", "-o", tmp_path / "no.png", "--token", 60)
-    assert done.exit_code == 1 and done.stderr.startswith("error: --token 60: the answer has ")
+    assert done.exit_code == 1 and done.stderr.startswith("error: --token 60: the answer ends with token ")
     done = run("What?", "-o", tmp_path / "no.png", "--layers", "2,7")
     assert done.exit_code == 1 and done.stderr.strip() == "error: --layers 7: this model has layers 1 to 6"
     done = run(" ", "-o", tmp_path / "no.png")
