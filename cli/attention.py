@@ -72,7 +72,9 @@ def attention(
             max_new_tokens=max_new_tokens,
         )
         if token > len(maps.answer):
-            raise ValueError(f"--token {token}: the answer ends with token {len(maps.answer)}: {''.join(maps.answer)!r}")
+            raise ValueError(
+                f"--token {token}: the answer ends with token {len(maps.answer)}: {''.join(maps.answer)!r}"
+            )
         drawing = draw_attention(maps, image, token - 1)
         with written_whole(out) as temporary:
             drawing.save(temporary)

@@ -43,7 +43,7 @@ def benchmark(
     """Measure against a dense twin, the modular twin, both experts on every token, and this machine's limits."""
     drawing_only = _check(parts, json_file, picture)
     if drawing_only and json_file is not None and picture is not None:
-        _draw(_read_report(json_file), picture)
+        _draw_again(json_file, picture)
         return
 
     from ..benchmarks.measure import choose_place, print_rows
@@ -102,23 +102,11 @@ def _check(parts: list[str], json_file: Path | None, picture: Path | None) -> bo
     return drawing_only
 
 
-def _read_report(path: Path) -> dict[str, Any]:
+def _draw_again(report: Path, picture: Path) -> None:
     try:
-        report = json.loads(path.read_text(encoding="utf-8"))
-        for part in report["parts"].values():
-            for row in part["rows"]:
-                row["what"]
-        for row in report["parts"]["prefill"]["rows"]:
-            row["mode"], row["tokens"], row["seconds"], row["ratio"], row["against"]
-        (
-            report["machine"]["name"],
-            report["machine"]["dtype"],
-            report["settings"]["preset"],
-            report["settings"]["layers"],
-        )
+        _draw(json.loads(report.read_text(encoding="utf-8")), picture)
     except (json.JSONDecodeError, KeyError, TypeError, AttributeError) as error:
-        raise ValueError(f"{path} is no report of mono-internvl benchmark with the part prefill: {error!r}") from error
-    return report
+        raise ValueError(f"{report} is no report of mono-internvl benchmark: {error!r}") from error
 
 
 def _draw(report: dict[str, Any], path: Path) -> None:
