@@ -1,8 +1,8 @@
 """Conversations with pictures -> training tensors: `encode_conversation` for one, the collators for a batch.
 
 `Collator` pads: one row a conversation. `PackCollator` joins: one row a pack, positions restart with each conversation
-and no attention mask is given, which is how transformers' attention backends know where one ends (FlashAttention by
-its variable-length kernel, flex and sdpa by a block mask).
+and no attention mask is given, which is how attention knows where one ends (FlashAttention by its variable-length
+kernel, flex and eager by a block mask, sdpa sample by sample).
 """
 
 from collections.abc import Iterable, Sequence
