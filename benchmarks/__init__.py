@@ -1,1 +1,7 @@
 """Every speed figure that the documents quote, as ratios of things measured in one run (`mono-internvl benchmark`)."""
+
+# In the order in which they run; `train` changes the weights and `load` needs the disk.
+PARTS = (
+    *("preprocess", "routing", "prefill", "ttft", "decode", "serve", "scaling"),
+    *("train", "packing", "memory", "loading", "load"),
+)

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 
 from ..cli.common import written_whole
+from . import PARTS
 from .decode import run_decode, run_serve
 from .load import run_load
 from .measure import Place, describe_machine
@@ -24,11 +25,6 @@ from .train import run_train
 
 logger = logging.getLogger(__name__)
 
-# In the order in which they run; `train` changes the weights and `load` needs the disk.
-PARTS = (
-    *("preprocess", "routing", "prefill", "ttft", "decode", "serve", "scaling"),
-    *("train", "packing", "memory", "loading", "load"),
-)
 # Seconds that a part takes at the 2B dimensions: on a GPU at full depth, on two CPU cores at CPU_LAYERS.
 _EXPECTED = {
     "cuda": {"prefill": 110, "ttft": 25, "decode": 90, "serve": 25, "scaling": 20, "train": 70, "load": 90},

@@ -9,20 +9,17 @@ from typing import Annotated, Any
 
 import typer
 
+from ..benchmarks import PARTS
 from .common import check_output, note
 
 
-_PARTS = (
-    *("preprocess", "routing", "prefill", "ttft", "decode", "serve", "scaling"),
-    *("train", "packing", "memory", "loading", "load"),
-)
 _PICTURES = (".png", ".svg", ".pdf")
 
 
 def benchmark(
     parts: Annotated[
         list[str],
-        typer.Argument(metavar="PART...", help=f"{', '.join(_PARTS)}; all that have a goal; picture: draw --json"),
+        typer.Argument(metavar="PART...", help=f"{', '.join(PARTS)}; all that have a goal; picture: draw --json"),
     ],
     preset: Annotated[str, typer.Option(metavar="2b|nano", help="dimensions; weights are random")] = "2b",
     device: Annotated[str, typer.Option(metavar="cpu|cuda", help="float32 on cpu, bfloat16 on cuda")] = "cpu",
@@ -79,8 +76,8 @@ def benchmark(
 
 def _check(parts: list[str], json_file: Path | None, picture: Path | None) -> bool:
     """Whether there is only a picture to draw; whatever can be refused is refused before anything is measured."""
-    allowed = f"allowed are {', '.join(_PARTS)}, or one of all and picture alone"
-    if unknown := [part for part in parts if part not in (*_PARTS, "all", "picture")]:
+    allowed = f"allowed are {', '.join(PARTS)}, or one of all and picture alone"
+    if unknown := [part for part in parts if part not in (*PARTS, "all", "picture")]:
         raise typer.BadParameter(f"no such benchmark: {', '.join(unknown)}; {allowed}", param_hint="PART")
     if len(parts) > 1 and ("all" in parts or "picture" in parts):
         raise typer.BadParameter(f"{' '.join(parts)}: {allowed}", param_hint="PART")
