@@ -8,14 +8,13 @@ therefore also touches every page of every weight. On CUDA the weights end on th
 
 import json
 import os
-import subprocess
 import sys
 import tempfile
 import time
 from pathlib import Path
 from typing import Any
 
-from .measure import Place, quartiles, ratio, readable_seconds
+from .measure import Place, quartiles, ratio, readable_seconds, run_child
 
 
 _MODULE = "mono_internvl.benchmarks.load"
@@ -89,13 +88,7 @@ def _write_checkpoint(folder: Path, preset: str, layers: int | None) -> None:
 
 
 def _child(mode: str, folder: Path, *more: str) -> dict[str, Any]:
-    result = subprocess.run(
-        [sys.executable, "-m", _MODULE, mode, str(folder), *more], capture_output=True, text=True, check=False
-    )
-    if result.returncode:
-        lines = result.stderr.strip().splitlines() or [f"exit status {result.returncode}, out of memory perhaps"]
-        raise RuntimeError(f"{_MODULE} {mode} failed: {lines[-1]}")
-    return json.loads(result.stdout.splitlines()[-1])
+    return run_child(_MODULE, mode, str(folder), *more)
 
 
 def _drop(files: list[Path]) -> None:

@@ -4,10 +4,13 @@ Two things that are compared are run in turns, so that a busy or throttling mach
 median over the rounds of the ratio within each round; its spread is the interquartile range (IQR) of those.
 """
 
+import json
 import logging
 import os
 import platform
 import statistics
+import subprocess
+import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -159,6 +162,19 @@ def ratio(over: list[float], under: list[float]) -> dict[str, Any]:
 def row(what: str, against: str, over: list[float], under: list[float], **more: Any) -> dict[str, Any]:
     """One line of a result: `what` costs `ratio` times what `against` costs. `goal`: at most (or at_least) so much."""
     return {"what": what, "against": against, **ratio(over, under), "seconds": median(over), **more}
+
+
+def run_child(module: str, mode: str, *arguments: str) -> dict[str, Any]:
+    """`python -m MODULE MODE ARGUMENTS` in a process of its own, whose memory it gives back; its last line, as JSON.
+
+    Raises:
+        RuntimeError: it failed; with its last word.
+    """
+    done = subprocess.run([sys.executable, "-m", module, mode, *arguments], capture_output=True, text=True, check=False)
+    if done.returncode:
+        lines = done.stderr.strip().splitlines() or [f"exit status {done.returncode}, out of memory perhaps"]
+        raise RuntimeError(f"{module} {mode} failed: {lines[-1]}")
+    return json.loads(done.stdout.splitlines()[-1])
 
 
 # ------------------------------------------------------------------------------------------------- what is possible

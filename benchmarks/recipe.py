@@ -5,7 +5,6 @@ python -m mono_internvl.benchmarks.recipe MODE PRESET LAYERS DEVICE      one mea
 
 import json
 import random
-import subprocess
 import sys
 import tempfile
 from collections.abc import Sequence
@@ -14,7 +13,7 @@ from typing import Any
 
 import torch
 
-from .measure import Place, interleave, median, quartiles, row
+from .measure import Place, interleave, median, quartiles, row, run_child
 from .peers import build, preset_config
 
 
@@ -138,11 +137,8 @@ def run_memory(place: Place, *, preset: str = "2b", layers: int | None = None, r
     peaks: dict[str, list[float]] = {mode: [] for mode in MEMORY_GROUPS}
     for i in range(rounds):
         for mode in sorted(peaks, reverse=bool(i % 2)):
-            command = [sys.executable, "-m", _MODULE, mode, preset, str(layers or ""), place.device.type]
-            done = subprocess.run(command, capture_output=True, text=True, check=False)
-            if done.returncode:
-                raise RuntimeError(f"{_MODULE} {mode} failed: {(done.stderr.strip().splitlines() or ['killed'])[-1]}")
-            peaks[mode].append(json.loads(done.stdout.splitlines()[-1])["peak_bytes"])
+            found = run_child(_MODULE, mode, preset, str(layers or ""), place.device.type)
+            peaks[mode].append(found["peak_bytes"])
     shares = [a / b for a, b in zip(peaks["s1_1"], peaks["full"], strict=True)]
     return {
         "rows": [
