@@ -319,8 +319,9 @@ def sample_sdpa_forward(
         samples: for each row the lengths of its samples, which add up to T.
     """
     rows = []
-    for row, lengths in enumerate(samples):
-        parts = zip(*(x[row : row + 1].split(lengths, dim=2) for x in (query, key, value)), strict=True)
+    # Split, not sliced: the gradient of a split is one concatenation, that of each slice a whole tensor of zeros.
+    for *row, lengths in zip(query.split(1), key.split(1), value.split(1), samples, strict=True):
+        parts = zip(*(x.split(lengths, dim=2) for x in row), strict=True)
         attended = [
             F.scaled_dot_product_attention(q, k, v, dropout_p=dropout, is_causal=True, scale=scaling, enable_gqa=True)
             for q, k, v in parts

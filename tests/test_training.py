@@ -440,6 +440,20 @@ def test_text_logits_stay_bit_identical_while_text_is_frozen(tmp_path, folder, d
         assert not torch.equal(a(**inputs).logits, b(**inputs).logits)
 
 
+@pytest.mark.parametrize("stage", ["nano/s1_1_concept", "nano/s1_2_semantic", "nano/s1_3_alignment"])
+def test_the_nano_keeps_its_text_to_the_bit_until_its_attention_trains(tmp_path, stage):
+    """Of the nano's own stages, on the nano; in S1.3 of v1 attention trains, so text moves there."""
+    changes = {"model": str(ROOT), "expand": None, "steps": 2, "batch_size": 4, "learning_rate": 0.01, "warmup": 0}
+    out = run_stage(stage, changes, runs=tmp_path)
+    before, after = (MonoInternVLForCausalLM.from_pretrained(path, dtype=torch.float32).eval() for path in (ROOT, out))
+    ids = after.get_input_embeddings().weight.new_tensor(range(3, 403)).long().view(2, 200)
+    with torch.no_grad():
+        same = torch.equal(before(ids).logits, after(ids).logits)
+    assert same == (stage != "nano/s1_3_alignment")
+    visual = "model.language_model.layers.2.visual_mlp.up_proj.weight"
+    assert not torch.equal(before.get_parameter(visual), after.get_parameter(visual))
+
+
 def test_accumulation_does_not_change_the_curve(tmp_path, folder, data):
     curves = []
     for accumulation in (1, 2):
@@ -447,6 +461,29 @@ def test_accumulation_does_not_change_the_curve(tmp_path, folder, data):
         run_stage(recipe(tmp_path, folder, data, accumulation=accumulation), runs=runs)
         curves.append(torch.tensor(losses(runs)))
     torch.testing.assert_close(*curves, atol=1e-5, rtol=0)
+
+
+def test_joining_samples_instead_of_padding_does_not_change_the_curve(tmp_path, folder, data):
+    curves = []
+    for padding_free in (False, True):
+        runs = tmp_path / f"runs{padding_free}"
+        run_stage(recipe(tmp_path, folder, data, packing=False, padding_free=padding_free, max_length=400), runs=runs)
+        curves.append(torch.tensor(losses(runs)))
+    torch.testing.assert_close(*curves, atol=1e-5, rtol=0)
+
+
+def test_one_row_holds_a_whole_micro_batch(processor, data):
+    conversations = Conversations(open_sources([data / "train.jsonl"]), processor, max_tiles=4, max_length=400)
+    samples = [conversations[Key(0, index, pack=index)] for index in range(5)]
+    batch = Batches(2, 4, packing=False, padding_free=True, weighting="token")(samples)
+    lengths = [len(example["input_ids"]) for _, example in samples]
+    assert batch["input_ids"].shape == (1, sum(lengths)) and "attention_mask" not in batch
+    assert (batch["position_ids"] == 0).sum() == 5
+
+
+def test_packs_that_are_padding_free_too_are_refused(tmp_path, folder, data):
+    message = error_of(load_stage, recipe(tmp_path, folder, data, packing=True, padding_free=True))
+    assert "padding_free: packs hold no padding already; set packing: false, or leave this out" in message
 
 
 def test_epochs_count_what_is_there(tmp_path, folder, data):

@@ -195,14 +195,14 @@ class Conversations(Dataset):
 
 
 class Batches:
-    """Collates keyed samples, in packs or padded; bad ones are left out and counted.
+    """Collates keyed samples, in packs, in one row (`padding_free`) or padded; bad ones are left out and counted.
 
     The batch also holds `samples` (int64 [], read) and, where some were bad, `bad` (their messages).
     """
 
-    def __init__(self, pad_token_id: int, patches: int, *, packing: bool, weighting: str):
-        self.packing = packing
-        self.collate: Any = (PackCollator if packing else Collator)(pad_token_id, weighting)
+    def __init__(self, pad_token_id: int, patches: int, *, packing: bool, weighting: str, padding_free: bool = False):
+        self.joins, self.one_row = packing or padding_free, padding_free
+        self.collate: Any = (PackCollator if self.joins else Collator)(pad_token_id, weighting)
         # Where all samples of a batch are bad, the rank still has to take part in the step.
         self.nothing: Example = {
             "input_ids": torch.full((2,), pad_token_id),
@@ -212,8 +212,9 @@ class Batches:
 
     def __call__(self, samples: Sequence[tuple[Key, Example | BadSample]]) -> dict[str, Any]:
         good = [(key, example) for key, example in samples if not isinstance(example, BadSample)]
-        if self.packing:
-            packs = [[e for _, e in group] for _, group in itertools.groupby(good, key=lambda pair: pair[0].pack)]
+        if self.joins:
+            groups = itertools.groupby(good, key=lambda pair: 0 if self.one_row else pair[0].pack)
+            packs = [[example for _, example in group] for _, group in groups]
             batch = self.collate(packs or [[self.nothing]])
         else:
             batch = self.collate([example for _, example in good] or [self.nothing])

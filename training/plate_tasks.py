@@ -35,13 +35,17 @@ from .sources import Record
 
 TASKS = ("text", "noisy_captions", "captions", "alignment", "instructions")
 CAPTION_PROMPT = "provide a one-sentence caption for the image"
-# Questions asked of one picture: reading it is what costs, and answers are what teaches.
-QUESTIONS = 4
-# One block of pictures in so many is of several tiles.
+# Questions asked of one plate. Told in words, answers are all that teaches. Of a picture the patches are named as well,
+# and a question costs a third of what the picture does.
+QUESTIONS = {"text": 4, "alignment": 2, "instructions": 3}
+# Share of plates with a printed number.
+NUMBERS = {"noisy_captions": 0.25, "captions": 0.4, "alignment": 0.55, "instructions": 0.4}
+# One block of pictures in so many is of several tiles, and costs twice what another does.
 TILED_EVERY = 5
 # How often each category is chosen when it applies.
-ALIGNMENT = {"caption": 2.0, "box": 3.0, "number": 6.0, "color": 0.5, "position": 0.5}
-INSTRUCTIONS = {"shape": 2.0, "color": 2.5, "count": 3.5, "number": 3.0, "position": 3.0, "caption": 1.2, "box": 1.0}
+TEXT = {"shape": 2.0, "color": 2.5, "count": 3.5, "number": 3.0, "position": 3.0, "caption": 1.2}
+ALIGNMENT = {"caption": 4.0, "box": 3.0, "number": 8.0, "color": 0.5, "position": 0.5}
+INSTRUCTIONS = {**TEXT, "number": 6.0, "caption": 2.5, "box": 1.0}
 TEXT_SHARE = 0.1
 GREETINGS = (
     ("Hello", "hello, show me a picture of shapes and ask about them."),
@@ -110,13 +114,11 @@ class PlateWorld:
         return Record(_messages(turns, draw_plate(plate, rng)), where, finish=finish)
 
     def _plate(self, rng: random.Random, progress: float, tiled: bool) -> Plate:
-        most, numbers = 5, 0.35
+        most, numbers = 5, NUMBERS[self.task]
         if self.task == "noisy_captions":
-            most, numbers = 1 if progress < 0.3 else 3, 0.25
+            most = 1 if progress < 0.3 else 3
         elif self.task == "captions":
-            most, numbers = 3 if progress < 0.3 else 5, 0.4
-        elif self.task == "alignment":
-            numbers = 0.55
+            most = 3 if progress < 0.3 else 5
         while True:
             plate = sample_plate(rng, max_shapes=most, with_number=numbers)
             if plate.items and (self.grid_of(plate.width, plate.height) != (1, 1)) == tiled:
@@ -128,7 +130,7 @@ class PlateWorld:
         if self.task == "captions":
             return [(CAPTION_PROMPT, long_caption(plate))]
         weights = ALIGNMENT if self.task == "alignment" else INSTRUCTIONS
-        asked = choose_questions(questions(plate, rng), rng, weights, QUESTIONS)
+        asked = choose_questions(questions(plate, rng), rng, weights, QUESTIONS[self.task])
         return [(qa.question, qa.answer) for qa in asked] or [(CAPTION_PROMPT, long_caption(plate))]
 
 
@@ -202,7 +204,7 @@ def _text_turns(rng: random.Random) -> list[tuple[str, str]]:
         return [rng.choice(GREETINGS)]
     while True:
         plate = sample_plate(rng, max_shapes=5, with_number=0.4)
-        asked = choose_questions(questions(plate, rng), rng, {**INSTRUCTIONS, "box": 0.0}, QUESTIONS)
+        asked = choose_questions(questions(plate, rng), rng, TEXT, QUESTIONS["text"])
         if asked:
             break
     told = long_caption(plate)

@@ -101,6 +101,7 @@ def run_stage(
             processor.tokenizer.pad_token_id,
             processor.tokens_per_tile,
             packing=stage.packing,
+            padding_free=stage.padding_free,
             weighting=stage.loss_weighting,
         ),
         micro_batches=UnitBatches(units, steps * stage.accumulation, per_step // world_size, rank, world_size),

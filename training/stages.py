@@ -44,6 +44,7 @@ class Stage:
         max_tiles: most tiles of a picture, thumbnail not counted; several pictures of a sample share them.
         max_length: most tokens of a sample, and the size of a pack.
         packing: fill packs of `max_length` with several samples; else pad.
+        padding_free: instead of padding, join the samples of a micro-batch in one row, as packs are joined.
         loss_weighting: token (every target token counts the same), sample (every sample), square (between them:
             1 / sqrt(targets of the sample)).
         steps, epochs: length of the stage; one of the two.
@@ -67,6 +68,7 @@ class Stage:
     max_tiles: int = 12
     max_length: int = 4096
     packing: bool = True
+    padding_free: bool = False
     loss_weighting: str = "token"
     steps: int | None = None
     epochs: float | None = None
@@ -119,6 +121,8 @@ class Stage:
                 raise ValueError(f"{key}: {value} must be positive")
         if self.batch_size % self.accumulation:
             raise ValueError(f"batch_size: {self.batch_size} must be a multiple of accumulation {self.accumulation}")
+        if self.packing and self.padding_free:
+            raise ValueError("padding_free: packs hold no padding already; set packing: false, or leave this out")
         if not self.data:
             raise ValueError("data: name at least one source")
         if sum(value is not None for value in (self.model, self.dense)) != 1:
