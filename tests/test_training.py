@@ -35,7 +35,7 @@ from mono_internvl.training.plate_world import Item, Plate, draw_plate
 from mono_internvl.training.run import run_stage
 from mono_internvl.training.sources import BadSample, FileRecords, Source, open_sources
 from mono_internvl.training.stages import load_stage, recipe_names
-from mono_internvl.training.trainer import checkpoints, weighted_loss_sum
+from mono_internvl.training.trainer import EViPTrainer, checkpoints, learnt_places, weighted_loss_sum
 
 
 @pytest.fixture(scope="module")
@@ -405,6 +405,21 @@ def test_the_loss_is_the_golden_loss(variant_a):
     torch.testing.assert_close(loss, case["loss"][0], atol=1e-4, rtol=1e-4)
 
 
+def test_logits_are_made_where_something_is_learnt(folder, processor, data):
+    """And the loss, sum and mean, is that of all logits."""
+    assert learnt_places(torch.tensor([[-100, -100, 4, -100], [-100, -100, 4, 5]])).tolist() == [1, 2]
+    assert learnt_places(torch.full((1, 4), -100)).tolist() == [0]
+    for batch in both_ways(folder, processor, data, "square"):
+        model = MonoInternVLForCausalLM.from_pretrained(folder)
+        seen: list[int] = []
+        model.lm_head.register_forward_hook(lambda module, inputs, logits, seen=seen: seen.append(logits.shape[1]))
+        trainer = EViPTrainer.__new__(EViPTrainer)
+        trainer._takes_pixels = True
+        loss = EViPTrainer.compute_loss(trainer, model, batch)
+        torch.testing.assert_close(loss, loss_of(model, batch), atol=1e-6, rtol=0)
+        assert seen[0] == len(learnt_places(batch["labels"])) < seen[1]
+
+
 # -------------------------------------------------------------------------------------------------------------- a stage
 
 
@@ -423,6 +438,7 @@ def test_a_stage_trains_only_what_it_names(tmp_path, folder, data):
     assert numbers == trained["visual_embedding"][1] + trained["visual_experts"][1]
     # What is saved answers.
     model = MonoInternVLForCausalLM.from_pretrained(out)
+    assert model.config.text_config.use_cache
     assert isinstance(model.chat(Image.new("RGB", (60, 60)), "Hi", max_new_tokens=3), str)
     assert MonoInternVLForCausalLM.from_pretrained(tmp_path / "runs" / "stage" / "checkpoint-4")
 

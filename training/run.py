@@ -350,6 +350,8 @@ def _arguments(stage: Stage, folder: Path, steps: int, per_rank: int) -> Trainin
         # Frozen parts have no gradient by design, and every trained part is in every graph (zero tiles).
         ddp_find_unused_parameters=False,
         remove_unused_columns=False,
+        # The trainer writes this into the config of the model it saves, and its own default is False.
+        use_cache=True,
         disable_tqdm=True,
         report_to=["tensorboard"] if is_tensorboard_available() else [],
         seed=stage.seed,

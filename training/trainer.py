@@ -26,11 +26,19 @@ def weighted_loss_sum(logits: torch.Tensor, labels: torch.Tensor, weights: torch
     Args:
         logits: [B, T, vocabulary]; labels: int64 [B, T], -100 where nothing is learnt; weights: float32 [B, T].
     """
-    targets = labels[:, 1:]
-    losses = F.cross_entropy(
-        logits[:, :-1].float().flatten(0, 1), targets.flatten(), ignore_index=IGNORED, reduction="none"
-    )
-    return (losses * weights[:, 1:].flatten()).sum()
+    return _cross_entropy_sum(logits[:, :-1], labels[:, 1:], weights[:, 1:])
+
+
+def _cross_entropy_sum(logits: torch.Tensor, targets: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
+    """As `weighted_loss_sum`, with the targets already beside the logits that predict them."""
+    losses = F.cross_entropy(logits.float().flatten(0, 1), targets.flatten(), ignore_index=IGNORED, reduction="none")
+    return (losses * weights.flatten()).sum()
+
+
+def learnt_places(labels: torch.Tensor) -> torch.Tensor:
+    """int64 [K], at least one: the positions whose next token is learnt in some row of `labels` [B, T]."""
+    places = (labels[:, 1:] != IGNORED).any(0).nonzero().flatten()
+    return places if len(places) else places.new_zeros(1)
 
 
 class EViPTrainer(Trainer):
@@ -112,8 +120,10 @@ class EViPTrainer(Trainer):
         labels, weights = inputs.pop("labels"), inputs.pop("loss_weights")
         if not self._takes_pixels:
             inputs.pop("pixel_values", None)
-        outputs = model(**inputs, use_cache=False)
-        loss = weighted_loss_sum(outputs.logits, labels, weights)
+        # Logits only where something is learnt: with a large vocabulary they are the largest tensors of a step.
+        places = learnt_places(labels)
+        outputs = model(**inputs, use_cache=False, logits_to_keep=places)
+        loss = _cross_entropy_sum(outputs.logits, labels[:, places + 1], weights[:, places + 1])
         loss = loss / (weights.sum().clamp(min=1e-6) if num_items_in_batch is None else num_items_in_batch)
         if num_items_in_batch is not None:
             # Gradients are averaged over the ranks, the total is of all of them.
