@@ -7,7 +7,7 @@ import random
 import sys
 import time
 from collections import Counter
-from itertools import combinations
+from itertools import combinations, pairwise
 
 import numpy as np
 import pytest
@@ -16,6 +16,7 @@ from PIL import Image, ImageChops
 from mono_internvl.evaluation import plate_pictures
 from mono_internvl.evaluation.plate_world import Outcome, Results
 from mono_internvl.evaluation.scoring import box_iou, is_correct, parse_box, parse_caption, score_answers
+from mono_internvl.training.plate_tasks import listing
 from mono_internvl.training.plate_world import (
     CANONICAL,
     CATEGORIES,
@@ -30,6 +31,7 @@ from mono_internvl.training.plate_world import (
     position_of,
     questions,
     sample_plate,
+    sample_sheet,
     training_fonts,
 )
 
@@ -38,6 +40,12 @@ from mono_internvl.training.plate_world import (
 def plates() -> list[Plate]:
     rng = random.Random(0)
     return [sample_plate(rng, with_number=0.4) for _ in range(400)]
+
+
+@pytest.fixture(scope="module")
+def sheets() -> list[Plate]:
+    rng = random.Random(5)
+    return [sample_sheet(rng) for _ in range(60)]
 
 
 def centroid(item: Item) -> tuple[int, int]:
@@ -69,8 +77,8 @@ def test_one_seed_gives_one_picture_and_one_list_of_questions():
     assert everything(1) != everything(2)
 
 
-def test_items_lie_inside_the_picture_and_apart(plates):
-    for plate in plates:
+def test_items_lie_inside_the_picture_and_apart(plates, sheets):
+    for plate in [*plates, *sheets]:
         assert plate.items
         for item in plate.items:
             x1, y1, x2, y2 = item.box
@@ -93,6 +101,18 @@ def test_sizes_counts_and_numbers_cover_the_world(plates):
     assert all(sample_plate(random.Random(seed), max_shapes=0).number is not None for seed in range(20))
 
 
+def test_a_sheet_is_full_and_in_reading_order(sheets):
+    for sheet in sheets:
+        for before, after in pairwise(sheet.items):
+            assert after.center[0] > before.center[0] or after.box[1] >= before.box[3]
+    numbers = [item for sheet in sheets for item in sheet.items if item.kind == "number"]
+    assert max(len(sheet.items) for sheet in sheets) > 9 and sum(len(item.text) for item in numbers) / len(sheets) > 6
+    assert (
+        listing(Plate(9, 9, (0, 0, 0), (Item("star", "blue", (0, 0, 1, 1)), Item("number", "red", (2, 0, 3, 1), "47"))))
+        == "blue star, red 47"
+    )
+
+
 def test_wrong_arguments_name_what_is_allowed():
     with pytest.raises(ValueError, match="max_shapes must be 0 to 5, not 6"):
         sample_plate(random.Random(0), max_shapes=6)
@@ -100,9 +120,9 @@ def test_wrong_arguments_name_what_is_allowed():
         sample_plate(random.Random(0), size=(10, 20))
 
 
-def test_the_picture_shows_the_named_colors_where_the_items_are(plates):
+def test_the_picture_shows_the_named_colors_where_the_items_are(plates, sheets):
     rng = random.Random(1)
-    for plate in plates[:200]:
+    for plate in [*plates[:200], *sheets]:
         image = draw_plate(plate, rng)
         assert image.mode == "RGB" and image.size == (plate.width, plate.height)
         for item in plate.items:
@@ -113,9 +133,9 @@ def test_the_picture_shows_the_named_colors_where_the_items_are(plates):
             assert max(abs(a - b) for a, b in zip(pixel, item.fill, strict=True)) < 70, item
 
 
-def test_boxes_are_tight(plates):
+def test_boxes_are_tight(plates, sheets):
     rng = random.Random(2)
-    for plate in plates[:150]:
+    for plate in [*plates[:150], *sheets[:20]]:
         for item in plate.items:
             alone = Plate(plate.width, plate.height, plate.background, (item,))
             blank = Image.new("RGB", (plate.width, plate.height), plate.background)

@@ -3,7 +3,7 @@
     text            no pictures: a plate described in words, then questions about it      the dense language model
     noisy_captions  captions with wrong, missing and stray words, of up to 3 shapes       S1.1, concepts
     captions        long, clean captions with places                                       S1.2, semantics
-    alignment       captions, boxes and printed numbers                                    S1.3
+    alignment       captions, boxes, printed numbers, and sheets full of things to read    S1.3
     instructions    every question of the plate world, and conversations without pictures  S2
 
 `PlateWorld(task, length)[i]` is made from `(seed, i)` alone, so any worker draws the same. Plates grow harder with `i`.
@@ -11,6 +11,7 @@
 
 import math
 import random
+from collections.abc import Callable
 from functools import partial
 from typing import Any
 
@@ -29,17 +30,21 @@ from .plate_world import (
     position_of,
     questions,
     sample_plate,
+    sample_sheet,
 )
 from .sources import Record
 
 
 TASKS = ("text", "noisy_captions", "captions", "alignment", "instructions")
 CAPTION_PROMPT = "provide a one-sentence caption for the image"
+LIST_PROMPT = "list everything in the image"
 # Questions asked of one plate. Told in words, answers are all that teaches. Of a picture the patches are named as well,
 # and a question costs a third of what the picture does.
 QUESTIONS = {"text": 4, "alignment": 2, "instructions": 3}
 # Share of plates with a printed number.
 NUMBERS = {"noisy_captions": 0.25, "captions": 0.4, "alignment": 0.55, "instructions": 0.4}
+# Share of sheets among the pictures, as S1.3 of the paper has pages to read.
+SHEETS = {"alignment": 0.5}
 # One block of pictures in so many is of several tiles, and costs twice what another does.
 TILED_EVERY = 5
 # How often each category is chosen when it applies.
@@ -105,8 +110,13 @@ class PlateWorld:
         where = f"{self.name}, {index}"
         if self.task == "text" or (self.task == "instructions" and rng.random() < TEXT_SHARE):
             return Record(_messages(_text_turns(rng)), where)
-        plate = self._plate(rng, progress, tiled=(index // self.block) % TILED_EVERY == 0)
-        turns = self._turns(plate, rng)
+        tiled = (index // self.block) % TILED_EVERY == 0
+        if rng.random() < SHEETS.get(self.task, 0.0):
+            plate = self._of_tiles(partial(sample_sheet, rng), tiled)
+            turns = [(LIST_PROMPT, listing(plate))]
+        else:
+            plate = self._plate(rng, progress, tiled)
+            turns = self._turns(plate, rng)
         turns[0] = (f"<image>\n{turns[0][0]}", turns[0][1])
         if progress >= self.naming:
             return Record(_messages(turns, draw_plate(plate, rng)), where)
@@ -119,8 +129,12 @@ class PlateWorld:
             most = 1 if progress < 0.3 else 3
         elif self.task == "captions":
             most = 3 if progress < 0.3 else 5
+        return self._of_tiles(partial(sample_plate, rng, max_shapes=most, with_number=numbers), tiled)
+
+    def _of_tiles(self, draw: Callable[[], Plate], tiled: bool) -> Plate:
+        """The first plate drawn that is not empty and is cut into several tiles, or into one."""
         while True:
-            plate = sample_plate(rng, max_shapes=most, with_number=numbers)
+            plate = draw()
             if plate.items and (self.grid_of(plate.width, plate.height) != (1, 1)) == tiled:
                 return plate
 
@@ -149,6 +163,11 @@ def long_caption(plate: Plate) -> str:
         place = position_of(item, plate)
         parts.append(name if place is None else f"{name} in the {place}")
     return ", ".join(parts)
+
+
+def listing(plate: Plate) -> str:
+    """What stands on a sheet, in reading order: `red 47, blue star`."""
+    return ", ".join(f"{item.color} {item.text or item.kind}" for item in plate.items)
 
 
 def choose_questions(candidates: list[QA], rng: random.Random, weights: dict[str, float], count: int) -> list[QA]:

@@ -16,6 +16,7 @@ questions, on machines with the same fonts and the same Pillow. Fonts in HELD_OU
 from __future__ import annotations
 
 import colorsys
+import dataclasses
 import io
 import math
 import os
@@ -573,6 +574,44 @@ def sample_plate(
         if item is not None:
             items.append(item)
     return Plate(width, height, background, tuple(items))
+
+
+def sample_sheet(rng: random.Random, *, size: tuple[int, int] = (96, 320), numbers: float = 0.6) -> Plate:
+    """A sheet: up to 16 shapes and numbers in the cells of a grid, in reading order.
+
+    Nothing is asked about a sheet but what stands on it. A plate shows three digits at most, a sheet about ten, and
+    what costs is reading the picture.
+
+    Args:
+        rng: the only source of randomness.
+        size: smallest and largest side in pixels.
+        numbers: share of numbers among the items.
+    """
+    width, height = _size(rng, *size)
+    background = _background(rng)
+    columns, rows = rng.choice((1, 2, 2, 3, 3, 4)), rng.choice((1, 2, 2, 3, 3, 4))
+    cell = width // columns, height // rows
+    gap = max(2.0, 0.015 * min(cell))
+    items: list[Item] = []
+    for row in range(rows):
+        for column in range(columns):
+            if rng.random() < 0.1:
+                continue
+            name, fill = _contrasting_shade(rng, background, COLORS)
+            if rng.random() < numbers:
+                item = _place_number(rng, (), *cell, gap, name, fill, None, alone=True, fonts=None)
+            else:
+                side = max(12.0, min(cell) * rng.uniform(0.35, 0.85))
+                item = _place_shape(rng, (), *cell, gap, rng.choice(SHAPES), side, name, fill, None)
+            if item is not None:
+                items.append(_moved(item, column * cell[0], row * cell[1]))
+    return Plate(width, height, background, tuple(items))
+
+
+def _moved(item: Item, x: float, y: float) -> Item:
+    left, top, right, bottom = item.box
+    points = tuple((a + x, b + y) for a, b in item.points)
+    return dataclasses.replace(item, box=(left + x, top + y, right + x, bottom + y), points=points)
 
 
 def _free_spot(
