@@ -44,7 +44,7 @@ QUESTIONS = {"text": 4, "alignment": 2, "instructions": 3}
 # Share of plates with a printed number.
 NUMBERS = {"noisy_captions": 0.25, "captions": 0.4, "alignment": 0.55, "instructions": 0.4}
 # Share of sheets among the pictures, as S1.3 of the paper has pages to read.
-SHEETS = {"alignment": 0.5}
+SHEETS = {"alignment": 0.5, "instructions": 0.15}
 # One block of pictures in so many is of several tiles, and costs twice what another does.
 TILED_EVERY = 5
 # How often each category is chosen when it applies.
