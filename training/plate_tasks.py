@@ -50,7 +50,7 @@ TILED_EVERY = 5
 # How often each category is chosen when it applies.
 TEXT = {"shape": 2.0, "color": 2.5, "count": 3.5, "number": 3.0, "position": 3.0, "caption": 1.2}
 ALIGNMENT = {"caption": 4.0, "box": 3.0, "number": 8.0, "color": 0.5, "position": 0.5}
-INSTRUCTIONS = {**TEXT, "number": 6.0, "caption": 2.5, "box": 1.0}
+INSTRUCTIONS = {**TEXT, "number": 6.0, "caption": 2.5, "box": 1.5}
 TEXT_SHARE = 0.1
 GREETINGS = (
     ("Hello", "hello, show me a picture of shapes and ask about them."),
