@@ -115,13 +115,13 @@ def test_the_command(tmp_path):
         return CliRunner().invoke(app, ["attention", str(ROOT / "examples" / "plate.png"), *map(str, options)])
 
     out = tmp_path / "out.png"
-    done = run("What color is the star?", "-o", out, "--layers", "1,6")
+    done = run("What color is the star?", "-o", out, "--layers", "1,7")
     assert done.exit_code == 0, done.output
     assert done.stdout.startswith("*   1 ") and Image.open(out).size[0] > 500
     done = run("What color is the star?", "-o", tmp_path / "no.png", "--token", 60)
     assert done.exit_code == 1 and done.stderr.startswith("error: --token 60: the answer ends with token ")
-    done = run("What?", "-o", tmp_path / "no.png", "--layers", "2,7")
-    assert done.exit_code == 1 and done.stderr.strip() == "error: --layers 7: this model has layers 1 to 6"
+    done = run("What?", "-o", tmp_path / "no.png", "--layers", "2,8")
+    assert done.exit_code == 1 and done.stderr.strip() == "error: --layers 8: this model has layers 1 to 7"
     done = run(" ", "-o", tmp_path / "no.png")
     assert done.exit_code == 2 and "the question is empty" in done.stderr
     done = run("What?", "-o", tmp_path)

@@ -75,7 +75,7 @@ def draw(runs: Path, picture: Path, stages: tuple[str, ...] = STAGES) -> None:
             values = [found.get(name, float("nan")) for found in judged.values()]
             axes[1].plot(list(judged), values, marker="o", label=name)
         axes[1].set(ylabel="%", ylim=(0, 102), title="after each stage, pictures by other drawing code")
-        axes[1].legend(ncols=len(names), fontsize="small", loc="lower right")
+        axes[1].legend(fontsize="small", loc="upper left")
     for axis in axes:
         axis.grid(alpha=0.3)
     with written_whole(picture) as temporary:
