@@ -523,7 +523,7 @@ def sample_plate(
     size: tuple[int, int] = (96, 320),
     fonts: tuple[tuple[str, ...], ...] | None = None,
 ) -> Plate:
-    """A random layout.
+    """A random layout. What finds no room is left out, so that a plate may be empty.
 
     Args:
         rng: the only source of randomness.
@@ -577,7 +577,7 @@ def sample_plate(
 
 
 def sample_sheet(rng: random.Random, *, size: tuple[int, int] = (96, 320), numbers: float = 0.6) -> Plate:
-    """A sheet: up to 16 shapes and numbers in the cells of a grid, in reading order.
+    """A sheet: up to 16 shapes and numbers in the cells of a grid, in reading order. One in a hundred is empty.
 
     Nothing is asked about a sheet but what stands on it. A plate shows three digits at most, a sheet about ten, and
     what costs is reading the picture.
