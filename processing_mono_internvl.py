@@ -25,7 +25,7 @@ from typing import Any, NamedTuple
 import jinja2
 import numpy as np
 import torch
-from transformers import AutoTokenizer
+from transformers import AutoTokenizer, PreTrainedConfig
 from transformers.feature_extraction_utils import BatchFeature
 from transformers.processing_utils import MultiModalData, ProcessorMixin
 from transformers.utils.hub import cached_file
@@ -800,7 +800,10 @@ def _load_tokenizer(path: str, **kwargs: Any) -> Any:
     }
     settings = {key: kwargs[key] for key in ("padding_side", "model_max_length") if key in kwargs}
     if cached_file(path, "tokenizer.json", _raise_exceptions_for_missing_entries=False, **options):
-        return AutoTokenizer.from_pretrained(path, trust_remote_code=False, **options, **settings)
+        # tokenizer_config.json names the class. Without a config AutoTokenizer reads config.json and, where this file
+        # runs as remote code, warns that it does not know the type.
+        config = PreTrainedConfig()
+        return AutoTokenizer.from_pretrained(path, config=config, trust_remote_code=False, **options, **settings)
     model_file = cached_file(path, "tokenizer.model", _raise_exceptions_for_missing_entries=False, **options)
     if model_file is None:
         raise ValueError(f"{path} has neither tokenizer.json nor tokenizer.model")

@@ -54,6 +54,7 @@ def run_alone(folder: Path, tmp_path: Path) -> dict:
         stdin=subprocess.DEVNULL,
     )
     assert done.returncode == 0, done.stderr[-3000:]
+    assert "to instantiate a model of type" not in done.stderr
     return json.loads(done.stdout.strip().splitlines()[-1])
 
 
