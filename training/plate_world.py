@@ -577,7 +577,7 @@ def sample_plate(
 
 
 def sample_sheet(rng: random.Random, *, size: tuple[int, int] = (96, 320), numbers: float = 0.6) -> Plate:
-    """A sheet: up to 16 shapes and numbers in the cells of a grid, in reading order. One in a hundred is empty.
+    """A sheet: up to 16 shapes and numbers in the cells of a grid, in reading order, one at least.
 
     Nothing is asked about a sheet but what stands on it. A plate shows three digits at most, a sheet about ten, and
     what costs is reading the picture.
@@ -605,7 +605,8 @@ def sample_sheet(rng: random.Random, *, size: tuple[int, int] = (96, 320), numbe
                 item = _place_shape(rng, (), *cell, gap, rng.choice(SHAPES), side, name, fill, None)
             if item is not None:
                 items.append(_moved(item, column * cell[0], row * cell[1]))
-    return Plate(width, height, background, tuple(items))
+    # Every cell was left free: another one.
+    return Plate(width, height, background, tuple(items)) if items else sample_sheet(rng, size=size, numbers=numbers)
 
 
 def _moved(item: Item, x: float, y: float) -> Item:
