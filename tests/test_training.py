@@ -550,6 +550,10 @@ def test_bad_samples_are_skipped_on_request_and_too_many_fail(tmp_path, folder, 
         ({"model": "nano/text"}, ("nano/text", "has not been trained")),
         ({"data": ["gone.jsonl"]}, ("gone.jsonl",)),
         ({"data": [{"plate_world": "tex"}]}, ("'tex'", "noisy_captions")),
+        ({"data": [{"plate_world": "captions", "questions": 2}]}, ("plate_world/captions", "instructions")),
+        ({"data": [{"plate_world": "instructions", "questions": 0}]}, ("at least 1", "0")),
+        ({"data": [{"plate_world": "alignment", "category_weights": {"boxes": 1}}]}, ("'boxes'", "caption, box")),
+        ({"data": [{"plate_world": "alignment", "category_weights": {"box": 0}}]}, ("box", "positive")),
         ({"lora": {"groups": ["text"], "rank": 3}, "trains": []}, ("lora", "alpha")),
     ],
 )
@@ -755,6 +759,18 @@ def test_plate_tasks_are_the_same_for_any_worker_and_can_be_encoded(task):
         if a.finish:
             named = example["labels"][1:][visual[:-1]] != -100
             assert named.any()
+
+
+def test_category_weights_and_questions_choose_what_is_asked():
+    def answers(**options):
+        world = PlateWorld("instructions", 200, **options)
+        turns = [m["content"][0]["text"] for i in range(200) for m in world[i].messages if m["role"] == "assistant"]
+        return sum("<box>" in turn for turn in turns) / len(turns), len(turns)
+
+    share, count = answers()
+    weighed, one_each = answers(questions=1, category_weights={"box": 1e6})
+    assert one_each < count
+    assert share < 0.3 < 0.5 < weighed
 
 
 def test_the_patches_on_a_shape_are_named_in_its_tile_and_in_the_thumbnail():

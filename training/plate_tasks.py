@@ -11,7 +11,7 @@
 
 import math
 import random
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from functools import partial
 from typing import Any
 
@@ -51,6 +51,7 @@ TILED_EVERY = 5
 TEXT = {"shape": 2.0, "color": 2.5, "count": 3.5, "number": 3.0, "position": 3.0, "caption": 1.2}
 ALIGNMENT = {"caption": 4.0, "box": 3.0, "number": 8.0, "color": 0.5, "position": 0.5}
 INSTRUCTIONS = {**TEXT, "number": 6.0, "caption": 2.5, "box": 1.5}
+WEIGHTS = {"alignment": ALIGNMENT, "instructions": INSTRUCTIONS}
 TEXT_SHARE = 0.1
 GREETINGS = (
     ("Hello", "hello, show me a picture of shapes and ask about them."),
@@ -73,13 +74,16 @@ class PlateWorld:
         task: one of TASKS.
         length: records; the curriculum goes by `i / length`.
         naming: share of the run in which visual tokens have targets too (`name_patches`).
+        questions: most questions asked of one plate (default: QUESTIONS' of the task).
+        category_weights: how often each category is chosen when it applies, over the task's own weights.
         block: of so many neighbours all pictures are cut into several tiles or none is, so that batches are padded
             little; one block in TILED_EVERY is.
         tile_size, max_tiles: how pictures will be cut.
         seed: another seed, other plates.
 
     Raises:
-        ValueError: an unknown task.
+        ValueError: an unknown task, fewer than one question, a category that the task does not ask, a weight that is
+            not positive, or either of them for a task that asks none.
     """
 
     ordered = True
@@ -90,6 +94,8 @@ class PlateWorld:
         length: int,
         *,
         naming: float = 0.0,
+        questions: int | None = None,
+        category_weights: Mapping[str, float] | None = None,
         block: int = 64,
         tile_size: int = 224,
         max_tiles: int = 3,
@@ -97,6 +103,18 @@ class PlateWorld:
     ):
         if task not in TASKS:
             raise ValueError(f"plate_world: unknown task {task!r}; allowed are {', '.join(TASKS)}")
+        if task not in WEIGHTS and (questions is not None or category_weights):
+            raise ValueError(f"plate_world/{task}: questions and category_weights are of {', '.join(WEIGHTS)} alone")
+        self.questions = QUESTIONS.get(task, 0) if questions is None else questions
+        if questions is not None and questions < 1:
+            raise ValueError(f"plate_world/{task}: questions must be at least 1, not {questions}")
+        self.weights = {**WEIGHTS.get(task, {}), **(category_weights or {})}
+        for name, weight in self.weights.items():
+            if name not in WEIGHTS[task]:
+                known = ", ".join(WEIGHTS[task])
+                raise ValueError(f"plate_world/{task}: category_weights knows no {name!r}; allowed are {known}")
+            if not weight > 0:
+                raise ValueError(f"plate_world/{task}: category_weights of {name} must be positive, not {weight}")
         self.task, self.length, self.naming, self.block, self.seed = task, length, naming, block, seed
         self.grid_of = partial(choose_grid, tile_size=tile_size, max_tiles=max_tiles)
         self.name = f"plate_world/{task}"
@@ -143,8 +161,7 @@ class PlateWorld:
             return [(CAPTION_PROMPT, noisy_caption(plate, rng))]
         if self.task == "captions":
             return [(CAPTION_PROMPT, long_caption(plate))]
-        weights = ALIGNMENT if self.task == "alignment" else INSTRUCTIONS
-        asked = choose_questions(questions(plate, rng), rng, weights, QUESTIONS[self.task])
+        asked = choose_questions(questions(plate, rng), rng, self.weights, self.questions)
         return [(qa.question, qa.answer) for qa in asked] or [(CAPTION_PROMPT, long_caption(plate))]
 
 
