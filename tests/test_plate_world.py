@@ -101,6 +101,21 @@ def test_sizes_counts_and_numbers_cover_the_world(plates):
     assert all(sample_plate(random.Random(seed), max_shapes=0).number is not None for seed in range(20))
 
 
+def test_a_plate_can_be_asked_to_be_fuller_and_its_number_smaller():
+    usual = [sample_plate(random.Random(i), with_number=0.5) for i in range(200)]
+    options = {"number_size": (0.08, 0.35), "count_weights": (0, 0, 0, 1, 1), "one_kind": 1.0}
+    full = [sample_plate(random.Random(i), with_number=0.5, **options) for i in range(200)]
+
+    def mean_size(plates):
+        sizes = [plate.number.font_size / min(plate.width, plate.height) for plate in plates if plate.number]
+        return sum(sizes) / len(sizes), max(sizes)
+
+    assert mean_size(full)[0] < 0.3 < mean_size(usual)[0]
+    assert mean_size(full)[1] <= 0.37  # sizes above 48 pixels are rounded to four
+    assert all(len({item.kind for item in plate.shapes}) <= 1 for plate in full)
+    assert sum(len(p.shapes) for p in full if not p.number) > 1.5 * sum(len(p.shapes) for p in usual if not p.number)
+
+
 def test_a_sheet_is_full_and_in_reading_order(sheets):
     for sheet in sheets:
         for before, after in pairwise(sheet.items):

@@ -43,6 +43,13 @@ LIST_PROMPT = "list everything in the image"
 QUESTIONS = {"text": 4, "alignment": 2, "instructions": 3}
 # Share of plates with a printed number.
 NUMBERS = {"noisy_captions": 0.25, "captions": 0.4, "alignment": 0.55, "instructions": 0.4}
+# Plates of the end of a run: several of a kind to count, and numbers whose digits share a patch.
+CLOSING: dict[str, Any] = {
+    "with_number": 0.55,
+    "number_size": (0.08, 0.35),
+    "count_weights": (10, 20, 25, 25, 20),
+    "one_kind": 0.65,
+}
 # Share of sheets among the pictures, as S1.3 of the paper has pages to read.
 SHEETS = {"alignment": 0.5, "instructions": 0.15}
 # One block of pictures in so many is of several tiles, and costs twice what another does.
@@ -76,6 +83,7 @@ class PlateWorld:
         naming: share of the run in which visual tokens have targets too (`name_patches`).
         questions: most questions asked of one plate (default: QUESTIONS' of the task).
         category_weights: how often each category is chosen when it applies, over the task's own weights.
+        closing: from this share of the run on, plates are fuller and numbers smaller (CLOSING).
         block: of so many neighbours all pictures are cut into several tiles or none is, so that batches are padded
             little; one block in TILED_EVERY is.
         tile_size, max_tiles: how pictures will be cut.
@@ -96,6 +104,7 @@ class PlateWorld:
         naming: float = 0.0,
         questions: int | None = None,
         category_weights: Mapping[str, float] | None = None,
+        closing: float = 1.0,
         block: int = 64,
         tile_size: int = 224,
         max_tiles: int = 3,
@@ -115,7 +124,8 @@ class PlateWorld:
                 raise ValueError(f"plate_world/{task}: category_weights knows no {name!r}; allowed are {known}")
             if not weight > 0:
                 raise ValueError(f"plate_world/{task}: category_weights of {name} must be positive, not {weight}")
-        self.task, self.length, self.naming, self.block, self.seed = task, length, naming, block, seed
+        self.task, self.length, self.block, self.seed = task, length, block, seed
+        self.naming, self.closing = naming, closing
         self.grid_of = partial(choose_grid, tile_size=tile_size, max_tiles=max_tiles)
         self.name = f"plate_world/{task}"
 
@@ -147,7 +157,8 @@ class PlateWorld:
             most = 1 if progress < 0.3 else 3
         elif self.task == "captions":
             most = 3 if progress < 0.3 else 5
-        return self._of_tiles(partial(sample_plate, rng, max_shapes=most, with_number=numbers), tiled)
+        options = CLOSING if progress >= self.closing else {"with_number": numbers}
+        return self._of_tiles(partial(sample_plate, rng, max_shapes=most, **options), tiled)
 
     def _of_tiles(self, draw: Callable[[], Plate], tiled: bool) -> Plate:
         """The first plate drawn that is not empty and is cut into several tiles, or into one."""

@@ -521,6 +521,9 @@ def sample_plate(
     max_shapes: int = 5,
     with_number: float = 0.3,
     size: tuple[int, int] = (96, 320),
+    count_weights: Sequence[float] = _COUNT_WEIGHTS,
+    one_kind: float = 0.45,
+    number_size: tuple[float, float] | None = None,
     fonts: tuple[tuple[str, ...], ...] | None = None,
 ) -> Plate:
     """A random layout. What finds no room is left out, so that a plate may be empty.
@@ -530,6 +533,10 @@ def sample_plate(
         max_shapes: at most this many shapes, 0 to 5; 0 gives numbers alone.
         with_number: share of plates with a printed number, half of them alone, the others beside 1 to 3 shapes.
         size: smallest and largest side in pixels.
+        count_weights: how often plates have 1 to 5 shapes.
+        one_kind: share of the plates of several shapes whose shapes are all of one kind.
+        number_size: smallest and largest size of a number's font over the picture's shorter side (at least 14 pixels
+            all the same); default: 0.16 to 0.95 for a number alone, to 0.5 beside shapes.
         fonts: families of font files, as `training_fonts` gives them (the default).
 
     Raises:
@@ -543,13 +550,13 @@ def sample_plate(
     short = min(width, height)
     background = _background(rng)
     has_number = rng.random() < with_number or max_shapes == 0
-    shape_count = rng.choices(range(1, max_shapes + 1), _COUNT_WEIGHTS[:max_shapes])[0] if max_shapes else 0
+    shape_count = rng.choices(range(1, max_shapes + 1), count_weights[:max_shapes])[0] if max_shapes else 0
     if has_number:
         shape_count = 0 if rng.random() < 0.5 else min(shape_count, 3)
     count = shape_count + has_number
     slots = _slots(rng, count)
     gap = max(2.0, 0.015 * short)
-    one_kind = rng.choice(SHAPES) if shape_count > 1 and rng.random() < 0.45 else None
+    same_kind = rng.choice(SHAPES) if shape_count > 1 and rng.random() < one_kind else None
     one_color = rng.choice(COLORS) if shape_count > 1 and rng.random() < 0.12 else None
     low, high = {1: (0.12, 0.62), 2: (0.1, 0.44), 3: (0.09, 0.36)}.get(count, (0.08, 0.3))
     shared = rng.uniform(low, high) if rng.random() < 0.4 else None
@@ -566,9 +573,10 @@ def sample_plate(
                     break
         slot = slots[index] if slots else None
         if index == number_index:
-            item = _place_number(rng, items, width, height, gap, name, fill, slot, alone=count == 1, fonts=fonts)
+            sizes = number_size or ((0.16, 0.95) if count == 1 else (0.16, 0.5))
+            item = _place_number(rng, items, width, height, gap, name, fill, slot, sizes=sizes, fonts=fonts)
         else:
-            kind = one_kind or rng.choice(SHAPES)
+            kind = same_kind or rng.choice(SHAPES)
             side = max(14.0, short * (shared if shared is not None else rng.uniform(low, high)))
             item = _place_shape(rng, items, width, height, gap, kind, side, name, fill, slot)
         if item is not None:
@@ -599,7 +607,7 @@ def sample_sheet(rng: random.Random, *, size: tuple[int, int] = (96, 320), numbe
                 continue
             name, fill = _contrasting_shade(rng, background, COLORS)
             if rng.random() < numbers:
-                item = _place_number(rng, (), *cell, gap, name, fill, None, alone=True, fonts=None)
+                item = _place_number(rng, (), *cell, gap, name, fill, None, sizes=(0.16, 0.95), fonts=None)
             else:
                 side = max(12.0, min(cell) * rng.uniform(0.35, 0.85))
                 item = _place_shape(rng, (), *cell, gap, rng.choice(SHAPES), side, name, fill, None)
@@ -681,14 +689,14 @@ def _place_number(
     fill: RGB,
     slot: tuple[float, float] | None,
     *,
-    alone: bool,
+    sizes: tuple[float, float],
     fonts: tuple[tuple[str, ...], ...] | None,
 ) -> Item | None:
     digits = rng.choice((1, 2, 3, 3))
     text = str(rng.randrange(0 if digits == 1 else 10 ** (digits - 1), 10**digits))
     path = rng.choice(rng.choice(fonts or training_fonts()))
     short = min(width, height)
-    size = max(14.0, short * (rng.uniform(0.16, 0.95) if alone else rng.uniform(0.16, 0.5)))  # digits are ~0.73 of it
+    size = max(14.0, short * rng.uniform(*sizes))  # digits are ~0.73 of it
     stretch = rng.uniform(0.82, 1.22) if rng.random() < 0.35 else 1.0
     for _ in range(8):
         # Large sizes go in steps, so that the font cache is hit.
