@@ -17,7 +17,15 @@ from ..cli.common import written_whole
 from .trainer import checkpoints
 
 
-STAGES = ("text", "s1_1_concept", "s1_2_semantic", "s1_3_alignment", "s2_instruction")
+STAGES = (
+    "text",
+    "s1_1_concept",
+    "s1_2_semantic",
+    "s1_3_alignment",
+    "s2_instruction",
+    "s2_longer",
+    "s2_full_plates",
+)
 # Log entries whose losses are drawn as one point.
 WINDOW = 5
 
@@ -68,7 +76,7 @@ def draw(runs: Path, picture: Path, stages: tuple[str, ...] = STAGES) -> None:
     for end in ends[:-1]:
         axes[0].axvline(end, color="0.8", linewidth=1)
     axes[0].set(xlabel="steps, stage after stage", ylabel="loss", title="training loss", yscale="log")
-    axes[0].legend(ncols=len(curves), fontsize="small", loc="upper center")
+    axes[0].legend(ncols=(len(curves) + 1) // 2, fontsize="small", loc="upper center")
     if judged:
         names = list(dict.fromkeys(name for found in judged.values() for name in found))
         for name in names:
