@@ -171,7 +171,7 @@ def ask(
             pictures, prompt, history=history, return_history=True, streamer=show if stream else None, **options
         )
         stop()
-    print("" if stream else answer, flush=True)
+    typer.echo("" if stream else answer)
     return answer, history
 
 
@@ -217,7 +217,7 @@ def _read_line() -> str:
     if sys.stdout.isatty():
         return input("> ")
     # stdout is for answers.
-    print("> ", end="", file=sys.stderr, flush=True)
+    typer.echo("> ", nl=False, err=True)
     return input()
 
 

@@ -152,12 +152,12 @@ class PlateWorld:
         return Record(_messages(turns, draw_plate(plate, rng)), where, finish=finish)
 
     def _plate(self, rng: random.Random, progress: float, tiled: bool) -> Plate:
-        most, numbers = 5, NUMBERS[self.task]
+        most = 5
         if self.task == "noisy_captions":
             most = 1 if progress < 0.3 else 3
         elif self.task == "captions":
             most = 3 if progress < 0.3 else 5
-        options = CLOSING if progress >= self.closing else {"with_number": numbers}
+        options = CLOSING if progress >= self.closing else {"with_number": NUMBERS[self.task]}
         return self._of_tiles(partial(sample_plate, rng, max_shapes=most, **options), tiled)
 
     def _of_tiles(self, draw: Callable[[], Plate], tiled: bool) -> Plate:

@@ -475,6 +475,8 @@ def position_of(item: Item, plate: Plate) -> str | None:
 
 _ASPECTS = ((0.34, 1.0), (0.14, 4 / 3), (0.1, 1.5), (0.08, 16 / 9))  # the rest is uniform: to 2, and to 3 in one of ten
 _COUNT_WEIGHTS = (35, 21, 18, 13, 13)
+# Sizes of a number's font over the shorter side of its room: alone in it, and beside shapes.
+_ALONE, _BESIDE = (0.16, 0.95), (0.16, 0.5)
 
 
 def _size(rng: random.Random, low: int, high: int) -> tuple[int, int]:
@@ -573,7 +575,7 @@ def sample_plate(
                     break
         slot = slots[index] if slots else None
         if index == number_index:
-            sizes = number_size or ((0.16, 0.95) if count == 1 else (0.16, 0.5))
+            sizes = number_size or (_ALONE if count == 1 else _BESIDE)
             item = _place_number(rng, items, width, height, gap, name, fill, slot, sizes=sizes, fonts=fonts)
         else:
             kind = same_kind or rng.choice(SHAPES)
@@ -607,7 +609,7 @@ def sample_sheet(rng: random.Random, *, size: tuple[int, int] = (96, 320), numbe
                 continue
             name, fill = _contrasting_shade(rng, background, COLORS)
             if rng.random() < numbers:
-                item = _place_number(rng, (), *cell, gap, name, fill, None, sizes=(0.16, 0.95), fonts=None)
+                item = _place_number(rng, (), *cell, gap, name, fill, None, sizes=_ALONE, fonts=None)
             else:
                 side = max(12.0, min(cell) * rng.uniform(0.35, 0.85))
                 item = _place_shape(rng, (), *cell, gap, rng.choice(SHAPES), side, name, fill, None)
