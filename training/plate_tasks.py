@@ -11,7 +11,7 @@
 
 import math
 import random
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from typing import Any
 
@@ -54,6 +54,8 @@ CLOSING: dict[str, Any] = {
 SHEETS = {"alignment": 0.5, "instructions": 0.15}
 # One block of pictures in so many is of several tiles, and costs twice what another does.
 TILED_EVERY = 5
+# So many plates in a row that do not fit are a mistake in the size, not chance.
+DRAWS = 10_000
 # How often each category is chosen when it applies.
 TEXT = {"shape": 2.0, "color": 2.5, "count": 3.5, "number": 3.0, "position": 3.0, "caption": 1.2}
 ALIGNMENT = {"caption": 4.0, "box": 3.0, "number": 8.0, "color": 0.5, "position": 0.5}
@@ -84,14 +86,17 @@ class PlateWorld:
         questions: most questions asked of one plate (default: QUESTIONS' of the task).
         category_weights: how often each category is chosen when it applies, over the task's own weights.
         closing: from this share of the run on, plates are fuller and numbers smaller (CLOSING).
+        size: smallest and largest side of a picture in pixels.
         block: of so many neighbours all pictures are cut into several tiles or none is, so that batches are padded
-            little; one block in TILED_EVERY is.
+            little; one block in `tiled_every` is.
+        tiled_every: 1 or more; 1 makes all pictures of several tiles.
         tile_size, max_tiles: how pictures will be cut.
         seed: another seed, other plates.
 
     Raises:
         ValueError: an unknown task, fewer than one question, a category that the task does not ask, a weight that is
-            not positive, or either of them for a task that asks none.
+            not positive, or either of them for a task that asks none; `size` is not 32 <= smallest <= largest;
+            `tiled_every` is less than 1; or, from `[index]`, no picture of this size is cut as wanted.
     """
 
     ordered = True
@@ -105,7 +110,9 @@ class PlateWorld:
         questions: int | None = None,
         category_weights: Mapping[str, float] | None = None,
         closing: float = 1.0,
+        size: Sequence[int] = (96, 320),
         block: int = 64,
+        tiled_every: int = TILED_EVERY,
         tile_size: int = 224,
         max_tiles: int = 3,
         seed: int = 0,
@@ -124,7 +131,14 @@ class PlateWorld:
                 raise ValueError(f"plate_world/{task}: category_weights knows no {name!r}; allowed are {known}")
             if not weight > 0:
                 raise ValueError(f"plate_world/{task}: category_weights of {name} must be positive, not {weight}")
+        if len(size) != 2 or not 32 <= size[0] <= size[1]:
+            raise ValueError(
+                f"plate_world/{task}: size must be [smallest, largest] side, at least 32, not {list(size)}"
+            )
+        if tiled_every < 1:
+            raise ValueError(f"plate_world/{task}: tiled_every must be at least 1, not {tiled_every}")
         self.task, self.length, self.block, self.seed = task, length, block, seed
+        self.size, self.tiled_every = (size[0], size[1]), tiled_every
         self.naming, self.closing = naming, closing
         self.grid_of = partial(choose_grid, tile_size=tile_size, max_tiles=max_tiles)
         self.name = f"plate_world/{task}"
@@ -138,9 +152,9 @@ class PlateWorld:
         where = f"{self.name}, {index}"
         if self.task == "text" or (self.task == "instructions" and rng.random() < TEXT_SHARE):
             return Record(_messages(_text_turns(rng)), where)
-        tiled = (index // self.block) % TILED_EVERY == 0
+        tiled = (index // self.block) % self.tiled_every == 0
         if rng.random() < SHEETS.get(self.task, 0.0):
-            plate = self._of_tiles(partial(sample_sheet, rng), tiled)
+            plate = self._of_tiles(partial(sample_sheet, rng, size=self.size), tiled)
             turns = [(LIST_PROMPT, listing(plate))]
         else:
             plate = self._plate(rng, progress, tiled)
@@ -158,14 +172,16 @@ class PlateWorld:
         elif self.task == "captions":
             most = 3 if progress < 0.3 else 5
         options = CLOSING if progress >= self.closing else {"with_number": NUMBERS[self.task]}
-        return self._of_tiles(partial(sample_plate, rng, max_shapes=most, **options), tiled)
+        return self._of_tiles(partial(sample_plate, rng, max_shapes=most, size=self.size, **options), tiled)
 
     def _of_tiles(self, draw: Callable[[], Plate], tiled: bool) -> Plate:
         """The first plate drawn that is not empty and is cut into several tiles, or into one."""
-        while True:
+        for _ in range(DRAWS):
             plate = draw()
             if plate.items and (self.grid_of(plate.width, plate.height) != (1, 1)) == tiled:
                 return plate
+        wanted = "several tiles" if tiled else "one tile"
+        raise ValueError(f"{self.name}: none of {DRAWS} pictures with sides of {self.size} pixels is cut into {wanted}")
 
     def _turns(self, plate: Plate, rng: random.Random) -> list[tuple[str, str]]:
         if self.task == "noisy_captions":

@@ -29,7 +29,17 @@ logger = logging.getLogger(__name__)
 
 ROOT = Path(__file__).resolve().parent.parent
 # Keys of a recipe's `data` that draw instead of reading files.
-PLATE_OPTIONS = ("plate_world", "naming", "questions", "category_weights", "closing", "block", "seed")
+PLATE_OPTIONS = (
+    "plate_world",
+    "naming",
+    "questions",
+    "category_weights",
+    "closing",
+    "size",
+    "block",
+    "tiled_every",
+    "seed",
+)
 
 
 def run_stage(
