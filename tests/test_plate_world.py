@@ -116,6 +116,15 @@ def test_a_plate_can_be_asked_to_be_fuller_and_its_number_smaller():
     assert sum(len(p.shapes) for p in full if not p.number) > 1.5 * sum(len(p.shapes) for p in usual if not p.number)
 
 
+def test_one_shape_of_a_plate_can_be_the_odd_one():
+    options = {"with_number": 0, "count_weights": (0, 0, 1, 1, 1), "one_kind": 1.0, "odd_one": 1.0}
+    plates = [sample_plate(random.Random(i), **options) for i in range(200)]
+    # One that found no room is left out, the odd one too.
+    whole = [sorted(Counter(item.kind for item in plate.shapes).values()) for plate in plates if len(plate.shapes) > 2]
+    assert {(1, 2), (1, 3), (1, 4)} <= {tuple(kinds) for kinds in whole}
+    assert sum(kinds[0] == 1 and len(kinds) == 2 for kinds in whole) > 0.9 * len(whole)
+
+
 def test_a_sheet_is_full_and_in_reading_order(sheets):
     for sheet in sheets:
         for before, after in pairwise(sheet.items):

@@ -18,6 +18,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from conftest import ROOT, load_golden, tiny_model
 from mono_internvl import MonoInternVLForCausalLM, MonoInternVLProcessor
+from mono_internvl.image_processing_mono_internvl import choose_grid
 from mono_internvl.training import curves
 from mono_internvl.training.data import Collator, PackCollator, encode_conversation, picture_sizes, target_weights
 from mono_internvl.training.groups import GROUPS, count_parameters, group_of, grouped_parameters, linear_modules
@@ -554,6 +555,9 @@ def test_bad_samples_are_skipped_on_request_and_too_many_fail(tmp_path, folder, 
         ({"data": [{"plate_world": "instructions", "questions": 0}]}, ("at least 1", "0")),
         ({"data": [{"plate_world": "alignment", "category_weights": {"boxes": 1}}]}, ("'boxes'", "caption, box")),
         ({"data": [{"plate_world": "alignment", "category_weights": {"box": 0}}]}, ("box", "positive")),
+        ({"data": [{"plate_world": "captions", "size": [320, 96]}]}, ("plate_world/captions", "[320, 96]")),
+        ({"data": [{"plate_world": "captions", "tiled_every": 0}]}, ("tiled_every", "at least 1")),
+        ({"data": [{"plate_world": "captions", "odd_one": 1.5}]}, ("odd_one", "1.5")),
         ({"lora": {"groups": ["text"], "rank": 3}, "trains": []}, ("lora", "alpha")),
     ],
 )
@@ -771,6 +775,17 @@ def test_category_weights_and_questions_choose_what_is_asked():
     weighed, one_each = answers(questions=1, category_weights={"box": 1e6})
     assert one_each < count
     assert share < 0.3 < 0.5 < weighed
+
+
+def test_every_second_block_is_of_larger_pictures_cut_into_tiles():
+    world = PlateWorld("captions", 32, size=(320, 640), block=4, tiled_every=2, max_tiles=1)
+    with pytest.raises(ValueError, match="several tiles"):
+        world[0]
+    world = PlateWorld("captions", 32, size=(96, 640), block=4, tiled_every=2, max_tiles=4)
+    sizes = [picture_sizes(world[i].messages)[0] for i in range(32)]
+    cut = [choose_grid(*size, tile_size=224, max_tiles=4) != (1, 1) for size in sizes]
+    assert cut == [i % 8 < 4 for i in range(32)]
+    assert max(max(size) for size in sizes) > 320
 
 
 def test_the_patches_on_a_shape_are_named_in_its_tile_and_in_the_thumbnail():

@@ -86,6 +86,7 @@ class PlateWorld:
         questions: most questions asked of one plate (default: QUESTIONS' of the task).
         category_weights: how often each category is chosen when it applies, over the task's own weights.
         closing: from this share of the run on, plates are fuller and numbers smaller (CLOSING).
+        odd_one: share of the plates of three shapes and more of one kind in which one is of another (`sample_plate`).
         size: smallest and largest side of a picture in pixels.
         block: of so many neighbours all pictures are cut into several tiles or none is, so that batches are padded
             little; one block in `tiled_every` is.
@@ -95,8 +96,9 @@ class PlateWorld:
 
     Raises:
         ValueError: an unknown task, fewer than one question, a category that the task does not ask, a weight that is
-            not positive, or either of them for a task that asks none; `size` is not 32 <= smallest <= largest;
-            `tiled_every` is less than 1; or, from `[index]`, no picture of this size is cut as wanted.
+            not positive, or either of them for a task that asks none; `odd_one` is not in 0..1; `size` is not
+            32 <= smallest <= largest; `tiled_every` is less than 1; or, from `[index]`, no picture of this size is cut
+            as wanted.
     """
 
     ordered = True
@@ -110,6 +112,7 @@ class PlateWorld:
         questions: int | None = None,
         category_weights: Mapping[str, float] | None = None,
         closing: float = 1.0,
+        odd_one: float = 0.0,
         size: Sequence[int] = (96, 320),
         block: int = 64,
         tiled_every: int = TILED_EVERY,
@@ -131,6 +134,8 @@ class PlateWorld:
                 raise ValueError(f"plate_world/{task}: category_weights knows no {name!r}; allowed are {known}")
             if not weight > 0:
                 raise ValueError(f"plate_world/{task}: category_weights of {name} must be positive, not {weight}")
+        if not 0 <= odd_one <= 1:
+            raise ValueError(f"plate_world/{task}: odd_one is a share, 0 to 1, not {odd_one}")
         if len(size) != 2 or not 32 <= size[0] <= size[1]:
             raise ValueError(
                 f"plate_world/{task}: size must be [smallest, largest] side, at least 32, not {list(size)}"
@@ -139,7 +144,7 @@ class PlateWorld:
             raise ValueError(f"plate_world/{task}: tiled_every must be at least 1, not {tiled_every}")
         self.task, self.length, self.block, self.seed = task, length, block, seed
         self.size, self.tiled_every = (size[0], size[1]), tiled_every
-        self.naming, self.closing = naming, closing
+        self.naming, self.closing, self.odd_one = naming, closing, odd_one
         self.grid_of = partial(choose_grid, tile_size=tile_size, max_tiles=max_tiles)
         self.name = f"plate_world/{task}"
 
@@ -171,8 +176,9 @@ class PlateWorld:
             most = 1 if progress < 0.3 else 3
         elif self.task == "captions":
             most = 3 if progress < 0.3 else 5
-        options = CLOSING if progress >= self.closing else {"with_number": NUMBERS[self.task]}
-        return self._of_tiles(partial(sample_plate, rng, max_shapes=most, size=self.size, **options), tiled)
+        options: dict[str, Any] = {"max_shapes": most, "size": self.size, "odd_one": self.odd_one}
+        options |= CLOSING if progress >= self.closing else {"with_number": NUMBERS[self.task]}
+        return self._of_tiles(partial(sample_plate, rng, **options), tiled)
 
     def _of_tiles(self, draw: Callable[[], Plate], tiled: bool) -> Plate:
         """The first plate drawn that is not empty and is cut into several tiles, or into one."""

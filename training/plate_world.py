@@ -525,6 +525,7 @@ def sample_plate(
     size: tuple[int, int] = (96, 320),
     count_weights: Sequence[float] = _COUNT_WEIGHTS,
     one_kind: float = 0.45,
+    odd_one: float = 0.0,
     number_size: tuple[float, float] | None = None,
     fonts: tuple[tuple[str, ...], ...] | None = None,
 ) -> Plate:
@@ -537,6 +538,7 @@ def sample_plate(
         size: smallest and largest side in pixels.
         count_weights: how often plates have 1 to 5 shapes.
         one_kind: share of the plates of several shapes whose shapes are all of one kind.
+        odd_one: share of those of three shapes and more in which one shape is of another kind all the same.
         number_size: smallest and largest size of a number's font over the picture's shorter side (at least 14 pixels
             all the same); default: 0.16 to 0.95 for a number alone, to 0.5 beside shapes.
         fonts: families of font files, as `training_fonts` gives them (the default).
@@ -565,6 +567,9 @@ def sample_plate(
 
     items: list[Item] = []
     number_index = rng.randrange(count) if has_number else -1
+    # Nothing is drawn from `rng` for a share of 0, so that plates without it stay what they were.
+    has_odd = odd_one > 0 and same_kind is not None and shape_count > 2 and rng.random() < odd_one
+    odd_index = rng.choice([index for index in range(count) if index != number_index]) if has_odd else -1
     for index in range(count):
         name, fill = _contrasting_shade(rng, background, COLORS)
         if one_color is not None and index != number_index:
@@ -579,6 +584,8 @@ def sample_plate(
             item = _place_number(rng, items, width, height, gap, name, fill, slot, sizes=sizes, fonts=fonts)
         else:
             kind = same_kind or rng.choice(SHAPES)
+            if index == odd_index:
+                kind = rng.choice([other for other in SHAPES if other != kind])
             side = max(14.0, short * (shared if shared is not None else rng.uniform(low, high)))
             item = _place_shape(rng, items, width, height, gap, kind, side, name, fill, slot)
         if item is not None:

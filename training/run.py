@@ -35,6 +35,7 @@ PLATE_OPTIONS = (
     "questions",
     "category_weights",
     "closing",
+    "odd_one",
     "size",
     "block",
     "tiled_every",
