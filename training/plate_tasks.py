@@ -26,6 +26,7 @@ from .plate_world import (
     Item,
     Plate,
     caption_of,
+    check_size,
     draw_plate,
     position_of,
     questions,
@@ -136,10 +137,10 @@ class PlateWorld:
                 raise ValueError(f"plate_world/{task}: category_weights of {name} must be positive, not {weight}")
         if not 0 <= odd_one <= 1:
             raise ValueError(f"plate_world/{task}: odd_one is a share, 0 to 1, not {odd_one}")
-        if len(size) != 2 or not 32 <= size[0] <= size[1]:
-            raise ValueError(
-                f"plate_world/{task}: size must be [smallest, largest] side, at least 32, not {list(size)}"
-            )
+        try:
+            check_size(size)
+        except ValueError as error:
+            raise ValueError(f"plate_world/{task}: {error}") from None
         if tiled_every < 1:
             raise ValueError(f"plate_world/{task}: tiled_every must be at least 1, not {tiled_every}")
         self.task, self.length, self.block, self.seed = task, length, block, seed

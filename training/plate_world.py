@@ -479,6 +479,12 @@ _COUNT_WEIGHTS = (35, 21, 18, 13, 13)
 _ALONE, _BESIDE = (0.16, 0.95), (0.16, 0.5)
 
 
+def check_size(size: Sequence[int]) -> None:
+    """Raises ValueError unless `size` is two sides in pixels, 32 <= smallest <= largest."""
+    if len(size) != 2 or not 32 <= size[0] <= size[1]:
+        raise ValueError(f"size must be (smallest, largest) side in pixels, at least 32, not {size}")
+
+
 def _size(rng: random.Random, low: int, high: int) -> tuple[int, int]:
     aspect = _pick(rng, (*_ASPECTS, (0.24, rng.uniform(1, 2)), (0.1, rng.uniform(2, 3))))
     aspect = min(aspect, high / low)
@@ -548,8 +554,7 @@ def sample_plate(
     """
     if not 0 <= max_shapes <= 5:
         raise ValueError(f"max_shapes must be 0 to 5, not {max_shapes}")
-    if not 32 <= size[0] <= size[1]:
-        raise ValueError(f"size must be (smallest, largest) side in pixels, at least 32, not {size}")
+    check_size(size)
     width, height = _size(rng, *size)
     short = min(width, height)
     background = _background(rng)
