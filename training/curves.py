@@ -25,6 +25,7 @@ STAGES = (
     "s2_instruction",
     "s2_longer",
     "s2_full_plates",
+    "s2_four_tiles",
 )
 # Log entries whose losses are drawn as one point.
 WINDOW = 5
@@ -84,6 +85,7 @@ def draw(runs: Path, picture: Path, stages: tuple[str, ...] = STAGES) -> None:
             axes[1].plot(list(judged), values, marker="o", label=name)
         axes[1].set(ylabel="%", ylim=(0, 102), title="after each stage, pictures by other drawing code")
         axes[1].legend(fontsize="small", loc="upper left")
+        axes[1].tick_params(axis="x", labelsize="small")  # names of stages are long
     for axis in axes:
         axis.grid(alpha=0.3)
     with written_whole(picture) as temporary:
