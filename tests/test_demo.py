@@ -188,7 +188,9 @@ def test_upload_ask_and_see_the_right_answer(page, tmp_path):
     assert "64 of them visual, in 1 picture" in page.inner_text("#tokens")
     page.wait_for_timeout(500)
     page.screenshot(path=tmp_path / "demo.png")
-    assert ask(page, "How many circles are there?") == "2"  # the picture is still known
+    # The picture is still known. (Stars straight after the colour is a turn that the nano gets wrong: docs/nano.md.)
+    assert ask(page, "How many circles are there?") == "2"
+    assert ask(page, "How many stars are there?") == "1"
     ask(page, "What number is written in the image?", ROOT / "examples" / "number.png")
     page.wait_for_function("document.querySelector('#tiling').innerText.includes('picture 2: 192 tokens')")
     assert "256 of them visual, in 2 pictures" in page.inner_text("#tokens")
