@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import shutil
 from pathlib import Path
 from typing import Any
+
+import torch
 
 from ..configuration_mono_internvl import MonoInternVLConfig
 from ..image_processing_mono_internvl import MonoInternVLImageProcessor
@@ -21,8 +24,10 @@ from .job import Job, Report
 from .plan import EMBEDDING, layout_name, plan_native, plan_official
 from .source import MONO_INTERNVL, Checkpoint, encoder_tensor, find_source, read_json, vision_kind
 from .verify import Differences, NativeView, compare_layouts
-from .writer import Progress, check_destination, parse_size, write_json
+from .writer import Progress, check_destination, expand_user, parse_size, write_json
 
+
+logger = logging.getLogger(__name__)
 
 LAYOUTS = ("official", "native")
 # Code of the official layout lives in its own repository.
@@ -73,7 +78,7 @@ def convert_checkpoint(
     if to not in LAYOUTS:
         raise ValueError(f"to={to!r} is not one of {', '.join(LAYOUTS)}")
     parse_size(max_shard_size)
-    destination = Path(destination).expanduser()
+    destination = expand_user(destination)
     check_destination(destination)
     folder, origin = find_source(source)
     config = _read_config(folder, image_token_id)
@@ -85,6 +90,14 @@ def convert_checkpoint(
             _check_official_can_hold(config, folder)
         plan = plan_native(config, given, layout) if to == "native" else plan_official(config, given)
         config.dtype = given.tensors[layout_name(EMBEDDING, layout)].dtype
+        if halves := [name for name, info in given.tensors.items() if info.dtype == torch.float16]:
+            logger.warning(
+                "%d of %d tensors of %s are float16, in which this model's activations overflow to NaN; they stay so: "
+                "load the result with dtype bfloat16 or float32",
+                len(halves),
+                len(given.tensors),
+                folder,
+            )
 
         def write_files(target: Path) -> None:
             if to == "native":

@@ -28,7 +28,7 @@ from .job import Job, Report
 from .plan import EMBEDDING, layout_name, plan_expansion
 from .source import Checkpoint, encoder_tensor, find_source, read_json, vision_kind
 from .verify import Differences, NativeView, compare_expansion
-from .writer import Progress, check_destination, parse_size
+from .writer import Progress, check_destination, expand_user, parse_size
 
 
 DENSE_LAYOUTS = {"InternLM2ForCausalLM": "internlm2", "InternLM3ForCausalLM": "llama", "LlamaForCausalLM": "llama"}
@@ -88,7 +88,7 @@ def expand_checkpoint(
             f"visual_attention_experts={visual_attention_experts!r} is not one of {', '.join(VISUAL_ATTENTION_EXPERTS)}"
         )
     parse_size(max_shard_size)
-    destination = Path(destination).expanduser()
+    destination = expand_user(destination)
     check_destination(destination)
     folder, origin = find_source(source)
     options: dict[str, Any] = {

@@ -19,6 +19,7 @@ from .writer import (
     MANIFEST,
     Progress,
     job_key,
+    naming,
     parse_size,
     publish_folder,
     temporary_folder,
@@ -82,7 +83,8 @@ class Job:
         options = {**self.options, "max_shard_size": parse_size(max_shard_size)}
         key = job_key(self.source, __version__, self.operation, options, self.plan, self.config.to_json_string())
         with temporary_folder(destination, key, self.plan.nbytes) as folder:
-            write_files(folder)
+            with naming(folder, folder):
+                write_files(folder)
             start = time.monotonic()
             inputs, outputs = write_shards(self.plan, self.source, folder, options["max_shard_size"], progress)
             written = time.monotonic()
@@ -99,7 +101,8 @@ class Job:
                         f"{found.hidden_states:.3g}, logits by up to {found.logits:.3g}; the weights were removed"
                     )
             verified = time.monotonic()
-            write_model_card(folder, self.source, self.origin, self.config, self.plan, self.how, self.base_model)
+            with naming(folder, folder):
+                write_model_card(folder, self.source, self.origin, self.config, self.plan, self.how, self.base_model)
             write_json(folder / MANIFEST, self._manifest(options, inputs, outputs, not_finite))
             publish_folder(folder, destination)
         return Report(

@@ -7,9 +7,11 @@ resident until their mapping goes, and a shard may be larger than what we may us
 from __future__ import annotations
 
 import json
+import logging
 import os
 import pickle
 import re
+import sys
 import zipfile
 from collections.abc import Iterator
 from pathlib import Path
@@ -19,6 +21,8 @@ from typing import Any, NamedTuple
 import torch
 from safetensors import SafetensorError, safe_open
 
+
+logger = logging.getLogger(__name__)
 
 PIECE_BYTES = 16 << 20
 _REMAP_BYTES = 96 << 20
@@ -38,8 +42,21 @@ SAFETENSORS_DTYPES = {
     torch.bool: "BOOL",
 }
 _DTYPES = {code: dtype for dtype, code in SAFETENSORS_DTYPES.items()}
+_SHOWN = 5
+_MERGE = "merge the adapter first (PeftModel.merge_and_unload), then save_pretrained"
+# Part of a tensor's name -> where it comes from and what to do.
+_WRAPPERS = {
+    "base_layer": f"an unmerged PEFT model was saved; {_MERGE}",
+    "lora_A": f"the weights of a LoRA adapter; {_MERGE}",
+    "lora_B": f"the weights of a LoRA adapter; {_MERGE}",
+    "base_model": f"saved from inside PEFT's wrapper; {_MERGE}",
+    "module": "saved from inside DataParallel or DDP; save model.module instead, or take the prefix off",
+    "_orig_mod": "saved from inside torch.compile; save model._orig_mod instead, or take the prefix off",
+    "_fsdp_wrapped_module": "saved from inside FSDP; save the full state dict without its wrapper",
+    "_checkpoint_wrapped_module": "saved from inside a checkpointing wrapper; save the model without it",
+}
 MONO_INTERNVL = "a Mono-InternVL already"
-# What a snapshot of the Hub needs; of weights in both formats, safetensors.
+# What a snapshot of the Hub needs besides weights.
 _HUB_FILES = ["*.json", "tokenizer.model", "*.jinja", "README.md", "LICENSE*", "NOTICE*"]
 
 
@@ -62,25 +79,85 @@ class Origin(NamedTuple):
 def find_source(source: str | os.PathLike[str]) -> tuple[Path, Origin]:
     """A folder as it is; a Hub id (`owner/name` or `owner/name@revision`) is downloaded into the Hub's cache.
 
+    Without a network, or with HF_HUB_OFFLINE, what is in the cache is taken.
+
     Raises:
-        FileNotFoundError: neither a folder nor a Hub id.
-        ValueError: a folder without config.json.
+        FileNotFoundError: neither a folder nor a Hub id, or not in the cache and the Hub cannot be reached.
+        ValueError: a folder without config.json, or a LoRA adapter.
     """
     folder = Path(source).expanduser()
     if folder.is_dir():
+        refuse_adapter(folder)
         if not (folder / "config.json").is_file():
             raise ValueError(f"{source} is not a model folder: it has no config.json")
         return folder, Origin(folder.resolve().name)
     match = re.fullmatch(r"([\w.-]+/[\w.-]+)(?:@(.+))?", str(source))
-    if folder.exists() or not match or str(source).startswith("."):
-        raise FileNotFoundError(f"no such model folder: {source} (a Hub id looks like owner/name)")
-    from huggingface_hub import HfApi, snapshot_download
-
+    if os.path.lexists(folder) or not match or str(source).startswith("."):
+        what = "it is a file" if folder.is_file() else "a Hub id looks like owner/name"
+        raise FileNotFoundError(f"no such model folder: {source} ({what})")
     repo, revision = match.groups()
-    names = HfApi().list_repo_files(repo, revision=revision)
-    weights = "*.safetensors" if any(name.endswith(".safetensors") for name in names) else "*.bin"
-    folder = Path(snapshot_download(repo, revision=revision, allow_patterns=[*_HUB_FILES, weights]))
+    folder = _from_hub(repo, revision)
+    refuse_adapter(folder)
+    if not (folder / "config.json").is_file():
+        raise ValueError(f"{source} is not a model: it has no config.json")
     return folder, Origin(repo, repo, folder.name)
+
+
+def _from_hub(repo: str, revision: str | None) -> Path:
+    from huggingface_hub import HfApi, hf_hub_download, snapshot_download
+    from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError, OfflineModeIsEnabled
+
+    try:
+        names = HfApi().list_repo_files(repo, revision=revision)
+    except HfHubHTTPError:
+        raise  # the Hub answered: no such repository, no such revision, no access
+    except (OSError, *_connection_errors()) as error:
+        asked, reason = f"{repo}@{revision}" if revision else repo, str(error).strip().split("\n")[0]
+        try:
+            folder = Path(snapshot_download(repo, revision=revision, local_files_only=True))
+        except (LocalEntryNotFoundError, FileNotFoundError) as missing:
+            raise FileNotFoundError(
+                f"{asked} is not in the Hub's cache, and the Hub was not reached: {reason}"
+            ) from missing
+        if not isinstance(error, OfflineModeIsEnabled):
+            logger.warning(
+                "the Hub was not reached (%s): %s is taken as it lies in the cache, %s", reason, asked, folder
+            )
+        return folder
+    weights = weight_names([name for name in names if "/" not in name])
+    if "adapter_config.json" in names:
+        weights = []  # it will be refused
+    elif weights and weights[0].endswith(".index.json"):
+        weights = [path.name for path in _read_placement(Path(hf_hub_download(repo, weights[0], revision=revision)))]
+    elif not weights:
+        weights = ["*.safetensors" if any(name.endswith(".safetensors") for name in names) else "*.bin"]
+    return Path(snapshot_download(repo, revision=revision, allow_patterns=[*_HUB_FILES, *weights]))
+
+
+def _connection_errors() -> tuple[type[Exception], ...]:
+    """What an unreachable Hub raises, by the client's library."""
+    by_module = (("httpx", "HTTPError"), ("requests", "RequestException"))
+    return tuple(getattr(sys.modules[module], name) for module, name in by_module if module in sys.modules)
+
+
+def adapter_settings(folder: Path) -> dict[str, Any] | None:
+    """`adapter_config.json` of a LoRA folder; None where there is none."""
+    path = folder / "adapter_config.json"
+    return read_json(path) if path.is_file() else None
+
+
+def refuse_adapter(folder: Path) -> None:
+    """Raises ValueError with the way out for a folder that holds a LoRA adapter, alone or beside a model: transformers
+    would load the base and the adapter, and no weight file holds their sum."""
+    settings = adapter_settings(folder)
+    if settings is None:
+        return
+    base = settings.get("base_model_name_or_path") or "BASE"
+    raise ValueError(
+        f"{folder} holds a LoRA adapter (adapter_config.json) for {base}, not a whole model: merge it first, with "
+        f"PeftModel.from_pretrained(MonoInternVLForCausalLM.from_pretrained({str(base)!r}), {str(folder)!r})"
+        ".merge_and_unload().save_pretrained(OUT), and take OUT"
+    )
 
 
 def read_json(path: Path) -> dict[str, Any]:
@@ -108,13 +185,14 @@ class Checkpoint:
 
     Raises:
         FileNotFoundError: no weights, or a shard that the index names is not there.
-        ValueError: a file that is damaged, wants to run code, or lacks a tensor that the index says it holds.
+        ValueError: a file that is damaged, wants to run code, lacks a tensor that the index says it holds, or was saved
+            from inside a wrapper (DDP, torch.compile, PEFT); names it and says what to do.
     """
 
     def __init__(self, folder: Path):
         self.folder = folder
         self.config = read_json(folder / "config.json")
-        self.index, placed = _find_weights(folder)
+        self.index, placed = find_weights(folder)
         self.files = sorted(placed)
         self.tensors: dict[str, TensorInfo] = {}
         for file in self.files:
@@ -128,6 +206,13 @@ class Checkpoint:
                     raise ValueError(f"{name} is in {self.tensors[name].file} and in {file}")
                 self.tensors[name] = info
         self.close()
+        self._refuse_wrapped()
+
+    def _refuse_wrapped(self) -> None:
+        for name in self.tensors:
+            for part, what in _WRAPPERS.items():
+                if f".{part}." in f".{name}":
+                    raise ValueError(f"{self.tensors[name].file} holds {name}: {what}")
 
     def __enter__(self) -> Checkpoint:
         return self
@@ -167,21 +252,57 @@ class Checkpoint:
         return self.rows(name, 0, self.tensors[name].shape[0])
 
 
-def _find_weights(folder: Path) -> tuple[Path | None, dict[Path, list[str]]]:
-    """The index, if there is one, and the weight files with the tensors that the index says they hold."""
-    for single in ("model.safetensors", "pytorch_model.bin"):
-        index = folder / f"{single}.index.json"
-        if index.is_file():
-            return index, _read_index(index)
-        if (folder / single).is_file():
-            return None, {folder / single: []}
-    for pattern in ("*.safetensors", "pytorch_model*.bin"):
-        if files := sorted(folder.glob(pattern)):
-            return None, {file: [] for file in files}
-    raise FileNotFoundError(f"{folder} holds no weights: no *.safetensors and no pytorch_model*.bin")
+def find_weights(folder: Path) -> tuple[Path | None, dict[Path, list[str]]]:
+    """The index, if there is one, and the weight files with the tensors that the index says they hold.
+
+    Raises:
+        FileNotFoundError: no weights, or a shard that the index or the others' names promise is missing.
+    """
+    names = sorted(path.name for path in folder.iterdir() if path.is_file() or path.is_symlink())
+    config = folder / "config.json"
+    # The key with which transformers lets a configuration name its weights.
+    named = read_json(config).get("transformers_weights") if config.is_file() else None
+    if named is not None and (not isinstance(named, str) or Path(named).name != named or named not in names):
+        raise FileNotFoundError(
+            f"{config}: transformers_weights is {named!r}, which is not the name of a file beside it"
+        )
+    chosen = [named] if named is not None else weight_names(names)
+    if not chosen:
+        there = [name for name in names if name.endswith((".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".gguf"))]
+        hint = f"; it has {', '.join(there[:_SHOWN])}, which transformers does not take either" if there else ""
+        raise FileNotFoundError(f"{folder} holds no weights: no model.safetensors and no pytorch_model.bin{hint}")
+    for name in chosen:
+        if not (folder / name).is_file():
+            raise FileNotFoundError(f"{folder / name} is a link to a file that does not exist")
+    if chosen[0].endswith(".index.json"):
+        return folder / chosen[0], _read_index(folder / chosen[0])
+    shard = re.search(r"-of-(\d+)\.", chosen[0])
+    if shard and len(chosen) != int(shard[1]):
+        raise FileNotFoundError(
+            f"{folder} holds {len(chosen)} of the {int(shard[1])} shards that {chosen[0]} speaks of"
+        )
+    return None, {folder / name: [] for name in chosen}
 
 
-def _read_index(index: Path) -> dict[Path, list[str]]:
+def weight_names(names: list[str]) -> list[str]:
+    """Those of a folder's files that transformers takes the weights from, in its order: one file before an index (with
+    its shards behind it), safetensors before pickles. Then, which it does not, shards without an index."""
+    for stem, ending in (("model", "safetensors"), ("pytorch_model", "bin")):
+        if f"{stem}.{ending}" in names:
+            return [f"{stem}.{ending}"]
+        if (index := f"{stem}.{ending}.index.json") in names:
+            return [index, *_shards(names, stem, ending)]
+    for stem, ending in (("model", "safetensors"), ("pytorch_model", "bin")):
+        if shards := _shards(names, stem, ending):
+            return shards
+    return []
+
+
+def _shards(names: list[str], stem: str, ending: str) -> list[str]:
+    return sorted(name for name in names if re.fullmatch(rf"{stem}-\d+-of-\d+\.{ending}", name))
+
+
+def _read_placement(index: Path) -> dict[Path, list[str]]:
     weight_map = read_json(index).get("weight_map")
     if not isinstance(weight_map, dict) or not weight_map:
         raise ValueError(f"{index} has no weight_map")
@@ -190,6 +311,11 @@ def _read_index(index: Path) -> dict[Path, list[str]]:
         if not isinstance(file, str) or Path(file).name != file:
             raise ValueError(f"{index}: {name} is said to be in {file!r}, which is not the name of a file beside it")
         placed.setdefault(index.parent / file, []).append(name)
+    return placed
+
+
+def _read_index(index: Path) -> dict[Path, list[str]]:
+    placed = _read_placement(index)
     for path, names in placed.items():
         if not path.is_file():
             others = f" and {len(names) - 1} other tensors" if len(names) > 1 else ""

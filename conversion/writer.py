@@ -1,4 +1,5 @@
-"""Carrying a plan out: shard after shard into a folder beside the destination, which is renamed at the end.
+"""Carrying a plan out: shard after shard into a folder beside the destination, which is renamed at the end. Where the
+destination is there already it is written into: the folder is inside, and its files move up at the end.
 
 The temporary folder's name holds a key of the source and all options, so that the same command finds its own unfinished
 work. `progress.json` in it lists finished shards with their sha256; a shard counts as finished once it is on the disk
@@ -10,6 +11,7 @@ threads while later ones are written.
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import json
 import logging
@@ -35,7 +37,7 @@ logger = logging.getLogger(__name__)
 
 MANIFEST = "conversion.json"
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
-_PROGRESS, _LOCK = "progress.json", ".lock"
+_PROGRESS, _LOCK, _MOVING = "progress.json", ".lock", "moving.json"
 _READ_BYTES = 8 << 20
 # Beyond this the disk is the limit.
 _HASHERS = min(os.cpu_count() or 1, 8)
@@ -62,18 +64,37 @@ def parse_size(size: int | str) -> int:
 # --------------------------------------------------------------------------------------------------------------- folder
 
 
+# What a volume may hold when it is empty.
+_OF_THE_SYSTEM = {"lost+found"}
+
+
 def check_destination(destination: Path) -> None:
     """Refuse, before any work, a folder that holds something or cannot be made.
 
+    A folder that is there (a mount point, the current folder, what a link points to) is written into.
+
     Raises:
         FileExistsError: it is a file, or not empty.
-        OSError: nothing can be written beside it (read-only, no permission).
+        FileNotFoundError: a link to nothing. NotADirectoryError: one of its parents is a file.
+        OSError: nothing can be written there (read-only, no permission), or a name is too long.
     """
-    if destination.exists() and not destination.is_dir():
-        raise FileExistsError(f"{destination} is a file; the destination is a folder")
-    if destination.is_dir() and any(destination.iterdir()):
-        raise FileExistsError(f"{destination} is not empty")
-    ancestor = _nearest_folder(destination)
+    try:
+        place = _place(destination)
+        if destination.is_symlink() and not place.exists():
+            raise FileNotFoundError(f"{destination} is a link to {place}, which does not exist")
+        ancestor = next(path for path in (place, *place.parents) if os.path.lexists(path))
+    except OSError as error:
+        if error.errno == errno.ENAMETOOLONG:
+            raise _too_long(destination) from error
+        raise
+    if not ancestor.is_dir():
+        if ancestor == place:
+            raise FileExistsError(f"{destination} is a file; the destination is a folder")
+        raise NotADirectoryError(f"{destination} cannot be written: {ancestor} is a file")
+    if any(len(os.fsencode(part)) > _longest_name(ancestor) for part in place.parts):
+        raise _too_long(destination)
+    if place.is_dir():
+        _check_empty(place, destination, None)
     try:
         with tempfile.TemporaryFile(dir=ancestor):
             pass
@@ -81,8 +102,62 @@ def check_destination(destination: Path) -> None:
         raise OSError(f"{destination} cannot be written: {error.strerror or error} ({ancestor})") from error
 
 
+def expand_user(path: str | os.PathLike[str]) -> Path:
+    """A path with `~` resolved.
+
+    Raises:
+        ValueError: it is empty, or there is no such home.
+    """
+    if not os.fspath(path):
+        raise ValueError("the path of the destination is empty")
+    try:
+        return Path(path).expanduser()
+    except RuntimeError as error:
+        raise ValueError(f"{path}: there is no such home folder") from error
+
+
+def _place(destination: Path) -> Path:
+    return Path(os.path.realpath(destination))
+
+
+def _longest_name(folder: Path) -> int:
+    return os.pathconf(folder, "PC_NAME_MAX") if hasattr(os, "pathconf") else 255
+
+
+def _too_long(destination: Path) -> OSError:
+    return OSError(f"{destination} cannot be written: its name is longer than the file system allows")
+
+
+def _check_empty(place: Path, destination: Path, work: Path | None) -> None:
+    """Nothing is in a folder but unfinished work: of any run, or, once it is known, in `work` alone."""
+    inside = {path for path in place.iterdir() if path.name not in _OF_THE_SYSTEM}
+    partial = {path for path in inside if path.name.startswith(".") and path.name.endswith(".partial")}
+    moved = {place / name for path in ([work] if work else partial) for name in _being_moved(path)}
+    if others := sorted(inside - partial - moved):
+        more = f" and {len(others) - 1} more" if len(others) > 1 else ""
+        raise FileExistsError(f"{destination} is not empty (it holds {others[0].name}{more})")
+
+
+def _being_moved(work: Path) -> list[str]:
+    """Files of a finished run that was interrupted while they were moved into the destination."""
+    return list(read_json(work / _MOVING)["files"]) if (work / _MOVING).is_file() else []
+
+
 def _nearest_folder(path: Path) -> Path:
-    return next(parent for parent in path.absolute().parents if parent.is_dir())
+    return next(parent for parent in (path, *path.parents) if parent.is_dir())
+
+
+def _work_folder(place: Path, key: str) -> Path:
+    """Inside a folder that is there, which may be another file system or somebody's current folder; else beside it."""
+    if place.is_dir():
+        return place / f".{key}.partial"
+    ending = f".{key}.partial"
+    longest = _longest_name(_nearest_folder(place)) - len(ending)
+    stem = place.name
+    if len(os.fsencode(stem)) > longest:
+        mark = "~" + hashlib.sha256(os.fsencode(stem)).hexdigest()[:8]
+        stem = os.fsencode(stem)[: longest - len(mark)].decode(errors="ignore") + mark
+    return place.with_name(stem + ending)
 
 
 def job_key(source: Checkpoint, *facts: Any) -> str:
@@ -97,40 +172,97 @@ def job_key(source: Checkpoint, *facts: Any) -> str:
 
 @contextmanager
 def temporary_folder(destination: Path, key: str, nbytes: int) -> Iterator[Path]:
-    """A folder beside `destination` for `nbytes` of weights; left as it is when the block fails, to be resumed.
+    """A folder in or beside `destination` for `nbytes` of weights; left as it is when the block fails, to be resumed.
 
     Raises:
         OSError: not enough space; says how much is needed. Or another process is at the same work.
     """
-    folder = destination.absolute().with_name(f"{destination.name}.{key}.partial")
-    for stale in sorted(folder.parent.glob(f"{destination.name}.*.partial")):
-        if stale != folder:
-            logger.warning("%s is left from an interrupted run with another source or other options", stale)
+    place = _place(destination)
+    folder = _work_folder(place, key)
+    _warn_of_stale_work(place, folder)
+    if place.is_dir():
+        _check_empty(place, destination, folder)
     there = sum(path.stat().st_size for path in folder.glob("*.safetensors*")) if folder.is_dir() else 0
     needed = max(nbytes - there, 0) + _OTHER_FILES_BYTES
-    free = shutil.disk_usage(_nearest_folder(destination)).free
+    free = shutil.disk_usage(_nearest_folder(place)).free
     if free < needed:
         raise OSError(f"not enough disk for {destination}: {needed / 1e9:.2f} GB needed, {free / 1e9:.2f} GB free")
     folder.mkdir(parents=True, exist_ok=True)
     try:
         with FileLock(folder / _LOCK, timeout=0):
+            # Taken back, so that all is checked again and goes the usual way.
+            for name in _being_moved(folder):
+                if (place / name).exists():
+                    (place / name).replace(folder / name)
+            (folder / _MOVING).unlink(missing_ok=True)
             yield folder
     except Timeout as error:
         raise OSError(f"another process is writing {destination} (in {folder})") from error
 
 
+def _warn_of_stale_work(place: Path, folder: Path) -> None:
+    beside = [path for path in folder.parent.iterdir() if path.is_dir()] if folder.parent.is_dir() else []
+    start = "." if folder.parent == place else f"{place.name}."
+    for stale in sorted(path for path in beside if path.name.startswith(start) and path.name.endswith(".partial")):
+        if stale != folder:
+            logger.warning("%s is left from an interrupted run with another source or other options", stale)
+
+
 def publish_folder(folder: Path, destination: Path) -> None:
     """Make the finished temporary folder the destination, durably."""
+    place = _place(destination)
     for path in folder.iterdir():
         if path.is_file():
             _fsync(path)
-    for name in (_PROGRESS, _LOCK):
-        (folder / name).unlink(missing_ok=True)
-    _fsync(folder)
-    if destination.is_dir():
-        destination.rmdir()
-    folder.rename(destination)
-    _fsync(destination.absolute().parent)
+    if folder.parent == place:
+        # `config.json` last: without it nothing takes the folder for a model.
+        names = [path.name for path in folder.iterdir() if path.name not in (_PROGRESS, _LOCK)]
+        write_json(folder / _MOVING, {"files": names})
+        for name in sorted(names, key=lambda name: (name == "config.json", name)):
+            (folder / name).replace(place / name)
+        for name in (_PROGRESS, _LOCK, _MOVING):
+            (folder / name).unlink(missing_ok=True)
+        folder.rmdir()
+        _fsync(place)
+    else:
+        for name in (_PROGRESS, _LOCK):
+            (folder / name).unlink(missing_ok=True)
+        _fsync(folder)
+        folder.rename(place)
+        _fsync(place.parent)
+
+
+@contextmanager
+def naming(path: Path, folder: Path | None = None) -> Iterator[None]:
+    """What the disk refuses names the file; the system's own errors of reading and writing do not.
+
+    `folder`: work that stays there, for the message; without a file of its own, the last one touched is named.
+
+    Raises:
+        OSError: with the system's number, the file and the reason.
+    """
+    try:
+        yield
+    except OSError as error:
+        given = [Path(name) for name in (error.filename2, error.filename) if isinstance(name, (str, os.PathLike))]
+        ours = next((name for name in given if folder is not None and name.is_relative_to(folder)), None)
+        if error.errno is None or (given and ours is None):
+            raise
+        raise _named(ours or path, folder, error.errno, error.strerror) from error
+    except Exception as error:
+        # tokenizers raises bare Exceptions
+        found = re.search(r"(.*)\(os error (\d+)\)", str(error))
+        if type(error) is not Exception or not found:
+            raise
+        raise _named(path, folder, int(found[2]), found[1].strip()) from error
+
+
+def _named(path: Path, folder: Path | None, number: int, reason: str) -> OSError:
+    if path.is_dir():
+        files = [file for file in path.iterdir() if file.is_file()]
+        path = max(files, key=lambda file: file.stat().st_mtime_ns, default=path)
+    kept = f"; what is finished stays in {folder}, and the same command goes on with it" if folder else ""
+    return OSError(number, f"{path}: {reason}{kept}")
 
 
 def _fsync(path: Path) -> None:
@@ -146,8 +278,9 @@ def _fsync(path: Path) -> None:
 def write_json(path: Path, content: Any) -> None:
     """To a temporary name, synced, then renamed."""
     temporary = path.with_name(path.name + ".part")
-    temporary.write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
-    _fsync(temporary)
+    with naming(temporary):
+        temporary.write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+        _fsync(temporary)
     temporary.replace(path)
 
 
@@ -157,7 +290,7 @@ def write_json(path: Path, content: Any) -> None:
 def hash_file(path: Path) -> str:
     """sha256 of a file as hexadecimal digits."""
     digest, buffer = hashlib.sha256(), bytearray(_READ_BYTES)
-    with path.open("rb", buffering=0) as file:
+    with naming(path), path.open("rb", buffering=0) as file:
         while count := file.readinto(buffer):
             digest.update(memoryview(buffer)[:count])
     return digest.hexdigest()
@@ -196,7 +329,8 @@ class _Finished:
 
     def add(self, temporary: Path, path: Path, not_finite: list[str]) -> None:
         """Sync, hash, rename and record a shard that was written under a temporary name."""
-        _fsync(temporary)
+        with naming(temporary, self.path.parent):
+            _fsync(temporary)
         entry = {"sha256": hash_file(temporary), "bytes": temporary.stat().st_size, "not_finite": not_finite}
         with self._lock:
             temporary.replace(path)
@@ -225,7 +359,7 @@ def write_shards(
                     continue
                 temporary = folder / f"{name}.part"
                 not_finite: list[str] = []
-                with temporary.open("wb", buffering=0) as file:
+                with naming(temporary, folder), temporary.open("wb", buffering=0) as file:
                     outputs = _aligned(outputs)
                     _write_all(file, _header(outputs))
                     for output in outputs:

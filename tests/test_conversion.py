@@ -1,15 +1,19 @@
 """Expanding, converting, resuming and publishing, on tiny random models and the golden ones."""
 
+import errno
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 from huggingface_hub import ModelCard
+from huggingface_hub.utils import filter_repo_objects
 from safetensors.torch import load_file, save_file
 from test_tokenization import small_model
 from tokenizers import Tokenizer
@@ -26,7 +30,7 @@ from mono_internvl.conversion import (
     writer,
 )
 from mono_internvl.conversion import plan as plan_module
-from mono_internvl.conversion.publish import HfApi, files_to_publish
+from mono_internvl.conversion.publish import HfApi, files_left_out, files_to_publish
 from mono_internvl.conversion.source import Checkpoint
 from mono_internvl.conversion.verify import NativeView, embed, last_hidden_states
 from mono_internvl.tokenization import save_tokenizer, tokenizer_from_pieces
@@ -168,6 +172,46 @@ def test_every_form_of_source_gives_the_same_weights(tmp_path, dense, form):
     expand_checkpoint(dense, tmp_path / "a", **SMALL, verify=False)
     expand_checkpoint(write_dense(tmp_path / "other", form), tmp_path / "b", **SMALL)
     assert (tmp_path / "a" / "model.safetensors").read_bytes() == (tmp_path / "b" / "model.safetensors").read_bytes()
+
+
+def test_weights_are_taken_in_the_order_of_transformers(tmp_path, dense):
+    """One file before an index, safetensors before pickles; what it does not read is not read."""
+    expected, other = dense_state(), {name: torch.zeros_like(tensor) for name, tensor in dense_state().items()}
+    source = write_dense(tmp_path / "many")
+    save_file(other, source / "model-00001-of-00001.safetensors")
+    index = {"weight_map": dict.fromkeys(other, "model-00001-of-00001.safetensors")}
+    (source / "model.safetensors.index.json").write_text(json.dumps(index))
+    for name in ("model.fp16.safetensors", "consolidated.safetensors"):
+        save_file(other, source / name)
+    torch.save(other, source / "pytorch_model.bin")
+
+    def read(folder=source):
+        with Checkpoint(folder) as checkpoint:
+            return torch.equal(checkpoint.read("output.weight"), expected["output.weight"]), len(checkpoint.files)
+
+    assert read() == (True, 1)
+    save_file(expected, source / "model-00001-of-00001.safetensors")
+    save_file(other, source / "model.safetensors")
+    assert read() == (False, 1)
+    (source / "model.safetensors").unlink()
+    assert read() == (True, 1)
+    (source / "model.safetensors.index.json").unlink()
+    assert read() == (False, 1)  # the pickle: transformers reads no shards without an index
+    save_file(expected, source / "named.safetensors")
+    (source / "config.json").write_text(json.dumps({**CONFIG, "transformers_weights": "named.safetensors"}))
+    assert read() == (True, 1)
+
+
+def test_weights_that_nobody_would_read(tmp_path):
+    source = write_dense(tmp_path / "dense")
+    (source / "model.safetensors").rename(source / "model.fp16.safetensors")
+    expect(FileNotFoundError, r"dense holds no weights: .*it has model.fp16.safetensors, which", source, tmp_path)
+    (source / "model.safetensors").symlink_to(tmp_path / "gone")
+    expect(FileNotFoundError, r"model.safetensors is a link to a file that does not exist", source, tmp_path)
+    source = write_dense(tmp_path / "bare", "safetensors-bare")
+    shutil.rmtree(tmp_path / "dense")
+    (source / "model-00002-of-00002.safetensors").unlink()
+    expect(FileNotFoundError, r"bare holds 1 of the 2 shards", source, tmp_path)
 
 
 def test_old_pickles_are_read(tmp_path, dense):
@@ -574,6 +618,42 @@ def test_a_vision_tower_is_recognised_by_its_tensors_too(tmp_path):
             convert_checkpoint(source, tmp_path / "out", "native")
 
 
+@pytest.mark.parametrize(
+    ("prefix", "message"),
+    [
+        ("module.", "DDP; save model.module"),
+        ("_orig_mod.", "torch.compile; save model._orig_mod"),
+        ("module._orig_mod.", "DDP"),
+        ("base_model.model.", "PEFT's wrapper; merge the adapter first"),
+    ],
+)
+def test_weights_saved_from_inside_a_wrapper(tmp_path, prefix, message):
+    state = {f"{prefix}{name}": tensor for name, tensor in dense_state().items()}
+    source = write_dense(tmp_path / "dense", state=state)
+    expect(ValueError, rf"model.safetensors holds {prefix}\S+: saved from inside .*{message}", source, tmp_path)
+    tiny_model().save_pretrained(tmp_path / "native")
+    state = {f"{prefix}{name}": tensor for name, tensor in weights(tmp_path / "native").items()}
+    save_file(state, tmp_path / "native" / "model.safetensors")
+    with pytest.raises(ValueError, match=message):
+        convert_checkpoint(tmp_path / "native", tmp_path / "out", "official")
+
+
+def test_unmerged_adapters_are_refused_with_the_way_out(tmp_path):
+    name = "model.layers.1.feed_forward.w1"
+    state = {n.replace(name, f"{name}.base_layer"): tensor for n, tensor in dense_state().items()}
+    source = write_dense(tmp_path / "dense", state=state)
+    expect(ValueError, r"w1.base_layer.weight: an unmerged PEFT model was saved; merge", source, tmp_path)
+    # Beside a whole model too: transformers loads base and adapter.
+    source = write_dense(tmp_path / "lora")
+    (source / "adapter_config.json").write_text(json.dumps({"base_model_name_or_path": "someone/base"}))
+    for job in (
+        lambda: expand_checkpoint(source, tmp_path / "out"),
+        lambda: convert_checkpoint(source, "out", "native"),
+    ):
+        with pytest.raises(ValueError, match=r"lora holds a LoRA adapter .* for someone/base.*merge_and_unload\(\)"):
+            job()
+
+
 class Bomb:
     def __reduce__(self):
         return (os.mkdir, ("exploded",))
@@ -633,6 +713,51 @@ def test_a_hub_id_is_downloaded(tmp_path, dense, monkeypatch):
     assert ModelCard.load(tmp_path / "out" / "README.md").data.base_model in ("someone/dense-2b", ["someone/dense-2b"])
 
 
+def cached(hub, source, repo="models--someone--dense", revision="main"):
+    """`source` as the Hub's client keeps it: blobs, and a snapshot of links to them."""
+    commit = "c" * 40
+    (hub / repo / "blobs").mkdir(parents=True)
+    (hub / repo / "refs").mkdir()
+    (hub / repo / "refs" / revision).write_text(commit)
+    snapshot = hub / repo / "snapshots" / commit
+    snapshot.mkdir(parents=True)
+    for i, path in enumerate(sorted(source.iterdir())):
+        shutil.copy(path, hub / repo / "blobs" / str(i))
+        (snapshot / path.name).symlink_to(Path("..", "..", "blobs", str(i)))
+    return snapshot
+
+
+OFFLINE = """
+import sys
+from mono_internvl.conversion import convert_checkpoint, expand_checkpoint
+expand_checkpoint("someone/dense", sys.argv[1], tile_size=56, vision_hidden_size=16)
+expand_checkpoint("someone/dense@main", sys.argv[1] + "-2", tile_size=56, vision_hidden_size=16)
+convert_checkpoint("someone/native", sys.argv[1] + "-official", "official")
+for missing in ("someone/other", "someone/dense@v2"):
+    try:
+        expand_checkpoint(missing, sys.argv[1] + "-3")
+    except FileNotFoundError as error:
+        print(error)
+"""
+
+
+def test_a_hub_id_in_the_cache_works_offline(tmp_path):
+    cached(tmp_path / "hub", write_dense(tmp_path / "dense", "safetensors-sharded"))
+    tiny_model().save_pretrained(tmp_path / "native")
+    cached(tmp_path / "hub", tmp_path / "native", "models--someone--native")
+    environment = {**os.environ, "HF_HUB_OFFLINE": "1", "HF_HUB_CACHE": str(tmp_path / "hub")}
+    command = [sys.executable, "-c", OFFLINE, str(tmp_path / "out")]
+    done = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=300)
+    assert done.returncode == 0, done.stderr[-2000:]
+    first, second = done.stdout.splitlines()
+    assert first.startswith("someone/other is not in the Hub's cache") and "someone/dense@v2 is not" in second
+    manifest = json.loads((tmp_path / "out" / "conversion.json").read_text())
+    assert manifest["source"] == {"name": "someone/dense", "hub_id": "someone/dense", "commit": "c" * 40}
+    expand_checkpoint(tmp_path / "dense", tmp_path / "direct", **SMALL)
+    assert weights(tmp_path / "out").keys() == weights(tmp_path / "direct").keys()
+    assert (tmp_path / "out-official" / "model.safetensors").is_file()
+
+
 # --------------------------------------------------------------------------------------------- destination and resuming
 
 
@@ -655,12 +780,87 @@ def test_a_read_only_destination(dense):
         expand_checkpoint(dense, "/proc/self/out", **SMALL)
 
 
-def test_an_empty_destination_and_missing_parents_are_fine(tmp_path, dense):
-    (tmp_path / "empty").mkdir()
+def test_an_empty_destination_is_written_into_and_missing_parents_are_made(tmp_path, dense, monkeypatch):
+    for name in ("empty", "behind", "here"):
+        (tmp_path / name).mkdir()
+    (tmp_path / "link").symlink_to(tmp_path / "behind")
+    inodes = {name: (tmp_path / name).stat().st_ino for name in ("empty", "behind", "here")}
     expand_checkpoint(dense, tmp_path / "empty", **SMALL, verify=False)
     expand_checkpoint(dense, tmp_path / "new" / "deep", **SMALL, verify=False)
-    assert contents(tmp_path / "empty") == contents(tmp_path / "new" / "deep")
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["dense", "empty", "new"]
+    expand_checkpoint(dense, tmp_path / "link", **SMALL, verify=False)
+    monkeypatch.chdir(tmp_path / "here")
+    expand_checkpoint(dense, ".", **SMALL, verify=False)
+    expand_checkpoint(dense, f"{dense}/inside/", **SMALL, verify=False)
+    expected = contents(tmp_path / "new" / "deep")
+    for folder in ("empty", "behind", "here", "dense/inside"):
+        assert contents(tmp_path / folder) == expected, folder
+    # A mount point, a shell's current folder: the folder itself stays.
+    assert inodes == {name: (tmp_path / name).stat().st_ino for name in inodes}
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["behind", "dense", "empty", "here", "link", "new"]
+
+
+def test_destinations_in_the_way_are_refused_before_the_work(tmp_path, dense, monkeypatch):
+    (tmp_path / "file").write_text("x")
+    (tmp_path / "dangling").symlink_to(tmp_path / "gone" / "away")
+    monkeypatch.setattr("mono_internvl.conversion.expand.find_source", lambda source: pytest.fail("work was done"))
+    for name, error, message in (
+        ("file/out", NotADirectoryError, "out cannot be written: .*file is a file"),
+        ("dangling", FileNotFoundError, "dangling is a link to .*away, which does not exist"),
+        ("n" * 300, OSError, "its name is longer than the file system allows"),
+        (f"new/{'n' * 300}/out", OSError, "its name is longer than the file system allows"),
+        ("", FileExistsError, r"is not empty \(it holds dangling and 2 more\)"),
+    ):
+        with pytest.raises(error, match=message):
+            expand_checkpoint(dense, tmp_path / name, **SMALL)
+    with pytest.raises(ValueError, match="no such home"):
+        expand_checkpoint(dense, "~nobody-of-this-name/out", **SMALL)
+    with pytest.raises(ValueError, match="is empty"):
+        expand_checkpoint(dense, "", **SMALL)
+
+
+def test_names_of_any_length_and_characters(tmp_path, dense):
+    for name in ("n" * 250, "\u4f60" * 84, "a[1]*?", "sp ace"):
+        expand_checkpoint(dense, tmp_path / name, **SMALL, verify=False)
+        assert (tmp_path / name / "model.safetensors").is_file()
+    assert not list(tmp_path.glob("*.partial"))
+
+
+@pytest.mark.skipif(not hasattr(os, "geteuid") or os.geteuid() != 0, reason="only root can mount")
+def test_a_mount_point_is_written_into(tmp_path, dense):
+    (tmp_path / "out").mkdir()
+    if subprocess.run(["mount", "-t", "tmpfs", "none", str(tmp_path / "out")], capture_output=True).returncode:
+        pytest.skip("no mounts here")
+    try:
+        (tmp_path / "out" / "lost+found").mkdir()
+        expand_checkpoint(dense, tmp_path / "out", **SMALL)
+        assert (tmp_path / "out" / "config.json").is_file() and not list(tmp_path.glob("out/.*"))
+    finally:
+        subprocess.run(["umount", str(tmp_path / "out")], check=True)
+
+
+FULL = """
+import resource, signal, sys
+from mono_internvl.conversion import expand_checkpoint
+signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+resource.setrlimit(resource.RLIMIT_FSIZE, (int(sys.argv[3]), -1))
+try:
+    expand_checkpoint(sys.argv[1], sys.argv[2], tile_size=56, vision_hidden_size=16)
+except OSError as error:
+    print(error.errno, error)
+"""
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="needs limits of a process")
+@pytest.mark.parametrize(("limit", "file"), [(200_000, "model.safetensors.part"), (500, r"\w+\."), (4000, r"\w+\.")])
+def test_a_full_disk_names_the_file_and_the_same_command_goes_on(tmp_path, dense, limit, file):
+    save_tokenizer(small_tokenizer(()), dense)
+    command = [sys.executable, "-c", FULL, str(dense), str(tmp_path / "out"), str(limit)]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=300)
+    (partial,) = tmp_path.glob("out.*.partial")
+    message = rf"{errno.EFBIG} .*{partial}/{file}.*: File too large; what is finished stays in {partial}, and the same"
+    assert re.match(message, done.stdout), done.stdout + done.stderr
+    expand_checkpoint(dense, tmp_path / "out", **SMALL)
+    assert not partial.exists()
 
 
 @pytest.mark.parametrize("size", ["0", "-1GB", "2 apples", "1TB"])
@@ -747,24 +947,33 @@ def shards(folder):
 
 assert attempt(work / "undisturbed") == 0
 last = int((work / "renames").read_text())
+(work / "probe").mkdir()
+assert attempt(work / "probe") == 0
+moved = int((work / "renames").read_text())
 points = [{"kill_at_byte": at} for at in (0.5, 1.0)]
 points += [{"kill_at_rename": at} for at in (1, 6, last - 1, last)]
+# Into a folder that is there: while the finished files move up.
+points += [{"kill_at_rename": at, "into": True} for at in (6, moved - 8, moved - 1, moved)]
 results = []
 for i, point in enumerate(points):
     destination = work / f"killed{i}"
+    if into := point.pop("into", False):
+        destination.mkdir()
     status = attempt(destination, **point)
-    (partial,) = work.glob(f"killed{i}.*.partial")
+    (partial,) = destination.glob(".*.partial") if into else work.glob(f"killed{i}.*.partial")
+    point["into"] = into
     kept, finished = shards(partial), []
     if (partial / "progress.json").exists():
         finished = list(json.loads((partial / "progress.json").read_text()))
-    if point.get("kill_at_rename") == last - 1:  # all shards are finished
+    if point.get("kill_at_rename") == last - 1 and not into:  # all shards are finished
         (partial / finished[0]).write_bytes(b"spoilt")
         kept.pop(finished.pop(0))
-    there = destination.exists()
+    there = (destination / "config.json").exists()
     again = attempt(destination)
     after = shards(destination)
     results.append({"point": point, "killed": status == signal.SIGKILL, "there": there, "again": again,
-                    "finished": len(finished), "rewritten": [name for name in finished if kept[name] != after[name]]})
+                    "finished": len(finished),
+                    "rewritten": [name for name in finished if name in kept and kept[name] != after[name]]})
 print(json.dumps(results))
 """
 
@@ -790,7 +999,7 @@ def test_killed_at_any_point_and_started_again(tmp_path, dense):
         assert result["rewritten"] == [], result
         assert contents(work / f"killed{i}") == expected, result
     assert max(result["finished"] for result in results) > 4
-    assert not list(work.glob("*.partial"))
+    assert not list(work.glob("*.partial")) and not list(work.glob("*/.*"))
 
 
 def test_another_source_or_other_options_start_anew(tmp_path, dense, caplog):
@@ -886,19 +1095,45 @@ def test_model_card(tmp_path, dense):
 
 
 def test_publishing(tmp_path, dense, monkeypatch):
-    expand_checkpoint(dense, tmp_path / "out", **SMALL, verify=False)
-    (tmp_path / "out" / ".cache").mkdir()
-    (tmp_path / "out" / ".cache" / "state").write_text("x")
-    calls = []
+    """What is listed is what is sent."""
+    out = tmp_path / "out"
+    expand_checkpoint(dense, out, **SMALL, verify=False)
+    left = (".cache/state", ".env", "optimizer.pt", "rng_state_0.pth", "training_args.bin", "runs/events", "x.part")
+    left += ("checkpoint-5/model.safetensors", "deep/optimizer.bin")
+    for name in (*left, "a[1].json", "a1.json.bak", "star*.txt", "deep/b?.json", "deep/bc.json"):
+        (out / name).parent.mkdir(exist_ok=True)
+        (out / name).write_text("x")
+    private, calls = True, []
     for name in ("create_repo", "create_branch", "upload_large_folder"):
         monkeypatch.setattr(HfApi, name, lambda self, *a, name=name, **k: calls.append((name, a, k)) or "https://x/y")
-    files = files_to_publish(tmp_path / "out")
-    assert {"README.md", "config.json", "model.safetensors", "modeling_mono_internvl.py"} <= set(files)
-    assert ".cache/state" not in files
-    assert publish_checkpoint(tmp_path / "out", "x/y", private=True, revision="v2") == "https://x/y"
+    monkeypatch.setattr(HfApi, "repo_info", lambda self, repo: SimpleNamespace(private=private))
+    files = files_to_publish(out)
+    assert {"README.md", "config.json", "model.safetensors", "modeling_mono_internvl.py", "a[1].json"} <= set(files)
+    assert not set(left) & set(files) and set(left) == set(files_left_out(out))
+    assert publish_checkpoint(out, "x/y", private=True, revision="v2") == "https://x/y"
     assert [call[0] for call in calls] == ["create_repo", "create_branch", "upload_large_folder"]
     assert calls[0][2] == {"private": True, "exist_ok": True} and calls[1][2]["branch"] == "v2"
-    assert calls[2][1] == ("x/y", tmp_path / "out")
-    assert calls[2][2]["revision"] == "v2" and calls[2][2]["allow_patterns"] == list(files)
+    assert calls[2][1] == ("x/y", out) and calls[2][2]["revision"] == "v2"
+    present = [path.relative_to(out).as_posix() for path in out.rglob("*") if path.is_file()]
+    assert set(filter_repo_objects(present, allow_patterns=calls[2][2]["allow_patterns"])) == set(files)
+
+    calls.clear()
+    private = False
+    with pytest.raises(ValueError, match="x/y is there already and public"):
+        publish_checkpoint(out, "x/y", private=True)
+    for repo in ("y", "a/b/c", "a b/c", "/c"):
+        with pytest.raises(ValueError, match=r"is not a repository \(owner/name\)"):
+            publish_checkpoint(out, repo)
     with pytest.raises(ValueError, match="not a finished model folder"):
         publish_checkpoint(ROOT / "docs", "x/y")
+    (out / "notes.txt").symlink_to(tmp_path / "gone")
+    with pytest.raises(ValueError, match=r"notes.txt is a link to .*gone, which does not exist"):
+        publish_checkpoint(out, "x/y")
+    assert [call[0] for call in calls] == ["create_repo"]
+
+
+def test_a_folder_that_lacks_a_shard_is_not_published(tmp_path, dense):
+    expand_checkpoint(dense, tmp_path / "out", **SMALL, max_shard_size="100KB", verify=False)
+    next(iter(tmp_path.glob("out/model-00002*"))).unlink()
+    with pytest.raises(FileNotFoundError, match=r"model-00002-of-\d+.safetensors is missing"):
+        files_to_publish(tmp_path / "out")
