@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import pickle
 import sys
@@ -127,16 +128,16 @@ def status(what: str) -> Iterator[Callable[[], None]]:
 
 
 def resolve_model(model: str | None) -> str:
-    """What `from_pretrained` gets: a folder that exists, or a Hub id.
+    """What `load_model` gets: a folder that exists, of a model or of a LoRA adapter, or a Hub id.
 
     Raises:
-        ModelError: neither; names it.
+        ModelError: neither, or an adapter without its base; names it.
     """
     if model is None:
         return str(BUNDLED_MODEL)
     path = Path(model).expanduser()
     if path.is_dir():
-        if not (path / "config.json").is_file():
+        if base_of_adapter(str(path)) is None and not (path / "config.json").is_file():
             raise ModelError(f"{model} is not a model folder: it has no config.json")
         return str(path)
     if path.exists():
@@ -145,6 +146,36 @@ def resolve_model(model: str | None) -> str:
     if not is_hub_id or "\\" in model:
         raise ModelError(f"no such model folder: {model} (a Hub id looks like owner/name)")
     return model
+
+
+def base_of_adapter(model: str) -> str | None:
+    """The base model of a folder that PEFT wrote, or None where the folder is none of an adapter.
+
+    Raises:
+        ModelError: its base is not named, or named and not there; it has no weights.
+    """
+    folder = Path(model)
+    file = folder / "adapter_config.json"
+    if not file.is_file():
+        return None
+    try:
+        base = json.loads(file.read_text(encoding="utf-8")).get("base_model_name_or_path")
+    except (ValueError, AttributeError) as error:
+        raise ModelError(f"{file} is damaged: {one_line(error)}") from error
+    if not base:
+        raise ModelError(f"{file} does not name the model that the adapter was trained on: set base_model_name_or_path")
+    if not any((folder / name).is_file() for name in ("adapter_model.safetensors", "adapter_model.bin")):
+        raise ModelError(f"{model} holds an adapter's configuration but no adapter_model.safetensors")
+    # A relative name is meant from where one stands, or from the adapter's folder, with which the base may travel.
+    for place in (Path(base).expanduser(), folder / base):
+        if place.resolve() != folder.resolve() and (place / "config.json").is_file():
+            return str(place)
+    try:
+        return resolve_model(base)
+    except ModelError as error:
+        raise ModelError(
+            f"{model} is a LoRA adapter on {base}: {error}; set base_model_name_or_path in {file}"
+        ) from error
 
 
 @contextmanager
@@ -179,15 +210,18 @@ def load_config(model: str) -> MonoInternVLConfig:
     from ..configuration_mono_internvl import MonoInternVLConfig
 
     quiet_libraries()
+    model = base_of_adapter(model) or model
     with _naming(model):
         return MonoInternVLConfig.from_pretrained(model)
 
 
 def load_processor(model: str) -> MonoInternVLProcessor:
-    """The processor of what `resolve_model` returned."""
+    """The processor of what `resolve_model` returned; an adapter's folder may have one of its own."""
     from ..processing_mono_internvl import MonoInternVLProcessor
 
     quiet_libraries()
+    if not (Path(model) / "tokenizer_config.json").is_file():
+        model = base_of_adapter(model) or model
     with _naming(model):
         return MonoInternVLProcessor.from_pretrained(model)
 
@@ -217,13 +251,38 @@ def load_model(
             f"{model}: <IMG_CONTEXT> is token {processor.image_token_id} of its tokenizer, but the model looks for "
             f"{config.image_token_id}; pass --image-token-id {processor.image_token_id}"
         )
-    has_bars = _show_bars_of(model)
+    base = base_of_adapter(model)
+    has_bars = _show_bars_of(base or model)
     chosen = _choose_dtype(dtype, place, config)
-    with _naming(model), nullcontext() if has_bars else status("loading"):
-        loaded = MonoInternVLForCausalLM.from_pretrained(model, config=config, dtype=chosen)
+    with _naming(base or model), nullcontext() if has_bars else status("loading"):
+        loaded = MonoInternVLForCausalLM.from_pretrained(base or model, config=config, dtype=chosen)
+    if base is not None:
+        with _naming(model):
+            loaded = _with_adapter(loaded, model)
     if loaded.dtype == torch.float16:
         loaded = loaded.to(torch.float32 if place.type == "cpu" else torch.bfloat16)
     return loaded.to(place).eval(), processor  # type: ignore[arg-type]
+
+
+def _with_adapter(model: MonoInternVLForCausalLM, folder: str) -> MonoInternVLForCausalLM:
+    """The model with an adapter's weights merged into its own, so that it runs as fast as without.
+
+    Raises:
+        ImportError: PEFT is not installed.
+        ModelError: the adapter does not fit; what is missing or left over is named.
+    """
+    try:
+        import peft
+    except ImportError as error:
+        raise ModelError(f"{folder} is a LoRA adapter, which PEFT reads: pip install peft") from error
+    stored = set(peft.utils.load_peft_weights(folder, device="cpu"))
+    adapted = peft.PeftModel.from_pretrained(model, folder)
+    wanted = set(peft.get_peft_model_state_dict(adapted))
+    if stored != wanted:
+        kinds = (("missing", wanted - stored), ("unexpected", stored - wanted))
+        problems = "; ".join(f"{len(names)} {kind}, such as {min(names)}" for kind, names in kinds if names)
+        raise ModelError(f"{folder} does not fit its base: {problems}")
+    return adapted.merge_and_unload()  # type: ignore[operator]
 
 
 def check_dtype(dtype: str) -> None:

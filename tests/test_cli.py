@@ -197,8 +197,103 @@ def test_split_words(picture):
     assert split_words([str(picture)]) == ([str(picture)], None)
     assert split_words([str(picture), "https://a/b", "Why?"]) == ([str(picture), "https://a/b"], "Why?")
     assert split_words(["x.png"]) == (["x.png"], None)
-    assert split_words(["What is x.png"]) == ([], "What is x.png")
+    assert split_words(["What is in x.png?"]) == ([], "What is in x.png?")
     assert split_words(["a" * 5000]) == ([], "a" * 5000)
+
+
+@pytest.mark.parametrize(
+    "word",
+    [
+        *(
+            "missing.png",
+            "my photo.png",
+            "no/my photo.jpg",
+            "What is x.png",
+            "scan.pdf",
+            "clip.mp4",
+            "IMG_1.HEIC",
+            "x.cr2",
+        ),
+        *("*.png", "*", "pics/*", "pics/", "./x", "../x", "~/x", "/no/such", "C:\\pics\\a", "pics\\cat", "notes.md"),
+        *("'missing.png'", "missing.png ", "file:///x/y", "s3://bucket/a"),
+    ],
+)
+def test_what_was_meant_as_a_file_is_never_the_prompt(word, folder, picture, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for words in ([word], [picture, word]):
+        message = failure("chat", *words, "--model", folder, input="")
+        assert word.strip().strip("'") in message
+    # Said to be the prompt, it is.
+    assert run("chat", "--prompt", word, "--model", folder, "--max-new-tokens", 1).exit_code == 0
+
+
+@pytest.mark.parametrize("name", ["Hello", "folder"])
+def test_a_word_that_is_an_existing_name_is_that_file(name, folder, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "folder").mkdir()
+    (tmp_path / "Hello").write_text("no picture")
+    message = failure("chat", name, "--model", folder, input="")
+    assert name in message and "--prompt" in message
+    assert run("chat", "-p", name, "--model", folder, "--max-new-tokens", 1).exit_code == 0
+
+
+@pytest.mark.parametrize(
+    "prompt",
+    [
+        "What is in plate.png?",
+        "and/or?",
+        "1/2+1/3=?",
+        "3.14",
+        "U.S.",
+        "e.g.",
+        "这是什么/哪里",
+        "a*b=?",
+        "<image>",
+        "Describe it.",
+    ],
+)
+def test_prompts_that_look_a_little_like_files_are_prompts(prompt):
+    assert split_words([prompt]) == ([], prompt)
+
+
+def test_pictures_and_prompt_by_option_and_from_stdin(folder, picture):
+    model = ("--model", folder, "--max-new-tokens", 4)
+    expected = run("chat", picture, "What is it?", *model).stdout
+    for arguments, given in (
+        (("--image", picture, "What is it?"), None),
+        (("-i", picture, "-p", "What is it?"), None),
+        ((picture, "--prompt", "What is it?"), None),
+        ((picture, "-"), "What is it?"),
+        ((picture, "-p", "-"), "What is it?"),
+        ((picture,), "What is it?"),
+    ):
+        result = run("chat", *arguments, *model, input=given)
+        assert (result.stdout, result.stderr) == (expected, ""), arguments
+    result = run("chat", "--image", picture, picture, "What is it?", *model)
+    assert result.exit_code == 2 and "an --image of its own" in " ".join(result.stderr.split())
+    assert "stdin" in failure("chat", "-", "What is it?", *model)
+    assert "it names a file: missing.png" in failure("chat", *model, input="missing.png\n")
+    assert "not text" in failure("chat", picture, *model, input=b"\x89PNG\r\n\xff\xfe")
+    assert "the prompt is one word, in quotes" in failure("chat", "What", "is", "it?", *model)
+    assert run("chat", "Hi", "--temperature", "nan", *model).exit_code == 2
+
+
+def test_the_word_image_is_a_word(folder, picture, monkeypatch):
+    """Without pictures, and with them where one says so; else marks and pictures are counted."""
+    asked = []
+    processor = MonoInternVLProcessor.from_pretrained(folder)
+
+    class Model:
+        def chat(self, images, prompt, **options):
+            asked.append((len(images), prompt))
+            return "yes", []
+
+    monkeypatch.setattr(chat_module, "load_model", lambda *args, **kwargs: (Model(), processor))
+    assert run("chat", "What does <image> do?").exit_code == 0
+    assert run("chat", picture, "Is <image> like <image>?", "--literal").exit_code == 0
+    assert asked == [(0, "What does <image> do?"), (1, [{"type": "text", "text": "Is <image> like <image>?"}])]
+    message = failure("chat", picture, "Is <image> like <image>?")
+    assert "2 <image> marks" in message and "--literal" in message
 
 
 # --------------------------------------------------------------------------------------------------------------- model
@@ -271,6 +366,71 @@ def test_image_token_that_the_tokenizer_does_not_mean(broken, folder):
     assert run("chat", "Hi", "--model", broken, "--max-new-tokens", 2, "--image-token-id", right).exit_code == 0
 
 
+# ---------------------------------------------------------------------------------------------------------------- LoRA
+
+
+@pytest.fixture
+def adapter(folder, tmp_path) -> Path:
+    """What PEFT's `save_pretrained` writes of an adapter that says something else than its base."""
+    peft = pytest.importorskip("peft")
+    model = MonoInternVLForCausalLM.from_pretrained(folder)
+    config = peft.LoraConfig(r=2, target_modules=["q_proj", "up_proj"], task_type="CAUSAL_LM", init_lora_weights=False)
+    torch.manual_seed(0)
+    adapted = peft.get_peft_model(model, config)
+    with torch.no_grad():
+        for name, parameter in adapted.named_parameters():
+            if "lora_" in name:
+                parameter.normal_(std=0.3)
+    adapted.save_pretrained(tmp_path / "adapter")
+    return tmp_path / "adapter"
+
+
+def test_adapter_folders_answer_as_the_adapted_model(folder, adapter, picture, tmp_path, monkeypatch):
+    import peft
+
+    base = MonoInternVLForCausalLM.from_pretrained(folder)
+    plain = base.chat(picture, "What is it?", max_new_tokens=8)
+    adapted = peft.PeftModel.from_pretrained(base, adapter).merge_and_unload().eval()
+    expected = adapted.chat(
+        picture, "What is it?", max_new_tokens=8, processor=MonoInternVLProcessor.from_pretrained(folder)
+    )
+    assert expected != plain
+    command = ("chat", picture, "What is it?", "--max-new-tokens", 8, "--dtype", "float32", "--model")
+    assert run(*command, adapter).stdout == expected + "\n"
+    # A processor of the adapter's own, as training writes it, is taken.
+    MonoInternVLProcessor.from_pretrained(folder, max_tiles=1).save_pretrained(adapter)
+    assert common.load_processor(str(adapter)).image_processor.max_tiles == 1
+    # A relative base is found from where one stands, and beside the adapter.
+    written = json.loads((adapter / "adapter_config.json").read_text())
+    (tmp_path / "base").symlink_to(folder)
+    for place, name in ((tmp_path, "base"), (tmp_path / "adapter", "../base"), (Path("/"), "../base")):
+        monkeypatch.chdir(place)
+        (adapter / "adapter_config.json").write_text(json.dumps({**written, "base_model_name_or_path": name}))
+        assert run(*command, adapter).exit_code == 0
+
+
+def test_adapters_without_what_they_need_are_refused_by_name(folder, adapter, monkeypatch):
+    file = adapter / "adapter_config.json"
+    written = json.loads(file.read_text())
+
+    def refusal(**changed) -> str:
+        file.write_text(json.dumps({**written, **changed}))
+        return failure("chat", "Hi", "--model", adapter)
+
+    gone = refusal(base_model_name_or_path="/no/such/base")
+    assert "/no/such/base" in gone and str(file) in gone
+    assert "does not name the model" in refusal(base_model_name_or_path=None)
+    assert "does not fit its base" in refusal(target_modules=["q_proj"])
+    file.write_text("{")
+    assert f"{file} is damaged" in failure("chat", "Hi", "--model", adapter)
+    file.write_text(json.dumps(written))
+    (adapter / "adapter_model.safetensors").rename(adapter / "away")
+    assert "no adapter_model.safetensors" in failure("chat", "Hi", "--model", adapter)
+    (adapter / "away").rename(adapter / "adapter_model.safetensors")
+    monkeypatch.setitem(sys.modules, "peft", None)
+    assert "pip install peft" in refusal()
+
+
 # ---------------------------------------------------------------------------------------------------------------- draw
 
 
@@ -332,6 +492,9 @@ def test_dialogue_keeps_history_and_survives_mistakes(monkeypatch, capsys, pictu
             "",
             f"/image {tmp_path / 'none.png'}",
             f"/image {picture}",
+            "/image",
+            str(picture),
+            "other.png",
             "/help",
             "fail",
             "Second?",
@@ -366,6 +529,8 @@ def test_dialogue_keeps_history_and_survives_mistakes(monkeypatch, capsys, pictu
     assert printed.out == "pieces\n" * 3
     assert "error: the model refuses" in printed.err
     assert "no such picture" in printed.err and "picture 1: 120 x 80 px" in printed.err
+    assert "/image needs a file or URL" in printed.err
+    assert f"{picture} names a file" in printed.err and "other.png names a file" in printed.err
 
 
 # --------------------------------------------------------------------------------------------------------------- tiles
