@@ -12,9 +12,11 @@ from typing import Any, NamedTuple
 from PIL import Image
 
 from ..image_processing_mono_internvl import load_image
-from ..modeling_mono_internvl import MonoInternVLForCausalLM
+from ..modeling_mono_internvl import MonoInternVLForCausalLM, place_images
 from ..processing_mono_internvl import MonoInternVLProcessor
 
+
+Parts = list[dict[str, str]]
 
 GREEDY = {"do_sample": False, "max_new_tokens": 1024}
 
@@ -96,28 +98,102 @@ def paper_prompt(text: str, dataset: str) -> str:
     return bare + (choice_ending(bare) if ending == CHOICE else ending)
 
 
+def paper_parts(parts: Parts, dataset: str) -> Parts:
+    """`paper_prompt` for a question of several parts: the ending is that of its last text."""
+    text = "\n".join(part["text"] for part in parts if part["type"] == "text")
+    ending = setting_for(dataset).ending
+    if ending is None:
+        return parts
+    *before, last = parts if parts and parts[-1]["type"] == "text" else [*parts, {"type": "text", "text": ""}]
+    ended = paper_prompt(last["text"], dataset)
+    if ending == CHOICE and ended.endswith(CHOICE) and choice_ending(text) != CHOICE:
+        # The question may be Chinese where its last part is a number.
+        ended = ended.removesuffix(CHOICE) + CHOICE_CHINESE
+    return [*before, {"type": "text", "text": ended}]
+
+
 def ask(
     model: MonoInternVLForCausalLM,
     processor: MonoInternVLProcessor,
     pictures: Sequence[Any],
-    prompt: str,
+    prompt: str | Parts,
     dataset: str,
     *,
     video: bool = False,
+    system: str | None = None,
+    history: Sequence[dict[str, Any]] = (),
 ) -> str:
     """One answer under the paper's settings.
 
     Args:
-        pictures: what `load_image` takes; the pictures of one question share its tiles.
-        prompt: complete, with its ending.
+        pictures: what `load_image` takes, those of the history first; the pictures of one question share its tiles.
+        prompt: complete, with its ending: parts `{"type": "text", "text"}` and `{"type": "image"}`, each picture where
+            the benchmark has it, or a string. In a string `<image>` marks a picture's place where there are as many
+            marks as pictures; else it is a word, as it always is in parts, and the pictures go in front.
         video: pictures are frames, of one tile each, named `Frame1: ` and so on.
+        system: the system prompt; default: the model's.
+        history: messages `{"role", "content"}` before this one, with parts as above.
+
+    Raises:
+        ValueError, OSError: a picture that cannot be read, parts and pictures that differ in number, a question that is
+            empty or too long.
     """
     setting = setting_for(dataset)
     loaded = [_enlarge(load_image(picture), setting.scale) for picture in pictures]
+    own = len(loaded) - sum(part["type"] == "image" for message in history for part in message["content"])
+    parts = _placed(prompt, own) if isinstance(prompt, str) else _joined(prompt)
     if video:
-        prompt = "".join(f"Frame{i + 1}: <image>\n" for i in range(len(loaded))) + prompt
-    max_tiles = 1 if video else setting.max_tiles
-    return model.chat(loaded, prompt, max_tiles=max_tiles, processor=processor, **GREEDY)  # type: ignore[return-value,arg-type]
+        parts = _framed(parts)
+    elif sum(part["type"] == "image" for part in parts[:own]) == own > 1:
+        # All in front: named, as `chat` names them.
+        parts = _joined([*_marked(place_images("", own)), *parts[own:]], between="")
+    options: dict[str, Any] = {"max_tiles": 1 if video else setting.max_tiles, "processor": processor, **GREEDY}
+    if system is not None:
+        options["system"] = system
+    if history:
+        options["history"] = list(history)
+    return model.chat(loaded, parts, **options)  # type: ignore[return-value,arg-type]
+
+
+def _marked(text: str) -> Parts:
+    """A string with `<image>` marks as parts."""
+    first, *others = text.split("<image>")
+    parts: Parts = [{"type": "text", "text": first}]
+    for after in others:
+        parts += [{"type": "image"}, {"type": "text", "text": after}]
+    return [part for part in parts if part["type"] == "image" or part["text"]]
+
+
+def _placed(prompt: str, count: int) -> Parts:
+    if count and prompt.count("<image>") == count:
+        return _marked(prompt)
+    return [{"type": "image"}] * count + [{"type": "text", "text": prompt}]
+
+
+def _joined(parts: Sequence[dict[str, str]], between: str = "\n") -> Parts:
+    """Neighbouring texts as one."""
+    joined: Parts = []
+    for part in parts:
+        if part["type"] == "text" and joined and joined[-1]["type"] == "text":
+            joined[-1] = {"type": "text", "text": joined[-1]["text"] + between + part["text"]}
+        else:
+            joined.append(dict(part))
+    return joined
+
+
+def _framed(parts: Parts) -> Parts:
+    """Each frame on a line of its own, with its name."""
+    framed: Parts = []
+    frames = 0
+    for part in parts:
+        if part["type"] == "text":
+            framed.append(part)
+            continue
+        frames += 1
+        begun = bool(framed) and not framed[-1]["text"].endswith("\n")
+        name = f"Frame{frames}: "
+        framed += [{"type": "text", "text": "\n" * begun + name}, {"type": "image"}, {"type": "text", "text": "\n"}]
+    return _joined(framed, between="")
 
 
 def _enlarge(picture: Image.Image, scale: int) -> Image.Image:

@@ -9,6 +9,8 @@ In Python, `register(name, model_path)` does the same for a session.
 from __future__ import annotations
 
 import functools
+import inspect
+import re
 import string
 import sys
 from typing import Any
@@ -19,7 +21,7 @@ from vlmeval.dataset import DATASET_MODALITY, DATASET_TYPE
 from vlmeval.vlm.base import BaseModel
 
 from ..cli.common import load_model, resolve_model
-from .settings import CHOICE, SHORT, ask, choice_ending, setting_for
+from .settings import CHOICE, SHORT, Parts, ask, choice_ending, setting_for
 
 
 class MonoInternVLForVLMEvalKit(BaseModel):
@@ -28,8 +30,12 @@ class MonoInternVLForVLMEvalKit(BaseModel):
     INTERLEAVE = True
     VIDEO_LLM = False
 
-    def __init__(self, model_path: str | None = None, device: str = "auto", dtype: str = "auto", **kwargs: Any):
+    def __init__(
+        self, model_path: str | None = None, device: str = "auto", dtype: str = "auto", use_vllm: bool = False
+    ):
         super().__init__()
+        if use_vllm:  # what VLMEvalKit passes on to models with certain names
+            raise ValueError("use_vllm: this adapter runs the model itself; leave the option out")
         self.model, self.processor = load_model(resolve_model(model_path), device=device, dtype=dtype)
 
     def use_custom_prompt(self, dataset: str) -> bool:
@@ -39,7 +45,8 @@ class MonoInternVLForVLMEvalKit(BaseModel):
         return setting_for(dataset).ending is not None or DATASET_TYPE(dataset) in ("MCQ", "Y/N")
 
     def build_prompt(self, line: pd.Series, dataset: str) -> list[dict[str, str]]:
-        """Hint, question and options of a row, and the ending; the row's pictures first."""
+        """Hint, question and options of a row, and the ending. Pictures stand where the row has `<image 1>`, as in
+        VLMEvalKit's own prompts; those that it does not name stand first."""
 
         def cell(name: str) -> str:
             return "" if name not in line or pd.isna(line[name]) else str(line[name])
@@ -52,23 +59,54 @@ class MonoInternVLForVLMEvalKit(BaseModel):
             ending = choice_ending(question) if options else SHORT
         paths = self.dump_image(line, dataset)
         paths = [paths] if isinstance(paths, str) else paths
-        return [*({"type": "image", "value": path} for path in paths), {"type": "text", "value": question + ending}]
+        texts = re.split(r"<image (\d+)>", question + ending)
+        named = [int(number) for number in texts[1::2]]
+        if not all(1 <= number <= len(paths) for number in named):
+            texts, named = [question + ending], []
+        message = [{"type": "image", "value": path} for i, path in enumerate(paths, 1) if i not in named]
+        for i, text in enumerate(texts):
+            message.append(
+                {"type": "image", "value": paths[int(text) - 1]} if i % 2 else {"type": "text", "value": text}
+            )
+        return [part for part in message if part["value"]]
 
     def generate_inner(self, message: list[dict[str, str]], dataset: str | None = None) -> str:
-        """Pictures and texts of a message -> the answer."""
+        """Pictures and texts of a message, in their order -> the answer.
+
+        A message is one turn: what a benchmark calls a system prompt or the beginning of an answer is text of it.
+
+        Raises:
+            ValueError: a part that is neither picture nor text, or a question that cannot be asked; names the benchmark
+                and the question.
+        """
         name = dataset or ""
-        return ask(
-            self.model,
-            self.processor,
-            [part["value"] for part in message if part["type"] == "image"],
-            "\n".join(part["value"] for part in message if part["type"] == "text"),
-            name,
-            video=bool(name) and DATASET_MODALITY(name) == "VIDEO",
-        )
+        text = " ".join(str(part["value"]) for part in message if part["type"] == "text")
+        try:
+            if unknown := [part["type"] for part in message if part["type"] not in ("image", "text")]:
+                raise ValueError(f"a part of type {unknown[0]!r} is not supported; give pictures (frames) and text")
+            parts: Parts = [
+                {"type": "image"} if part["type"] == "image" else {"type": "text", "text": part["value"]}
+                for part in message
+            ]
+            return ask(
+                self.model,
+                self.processor,
+                [part["value"] for part in message if part["type"] == "image"],
+                parts,
+                name,
+                video=bool(name) and DATASET_MODALITY(name) == "VIDEO",
+            )
+        except (ValueError, OSError, TypeError) as error:
+            raise ValueError(f"{name or 'no benchmark'}, {text[:80]!r}: {error}") from error
 
 
 def register(name: str, model_path: str | None = None, **options: Any) -> None:
-    """Add a model to VLMEvalKit's list under `name`."""
+    """Add a model to VLMEvalKit's list under `name`; options are those of `MonoInternVLForVLMEvalKit`.
+
+    Raises:
+        TypeError: an option that it does not have.
+    """
+    inspect.signature(MonoInternVLForVLMEvalKit).bind(model_path, **options)
     supported_VLM[name] = functools.partial(MonoInternVLForVLMEvalKit, model_path=model_path, **options)
 
 

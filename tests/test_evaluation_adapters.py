@@ -16,7 +16,16 @@ from PIL import Image
 from conftest import ROOT
 from mono_internvl.cli.common import load_model, resolve_model
 from mono_internvl.evaluation import settings
-from mono_internvl.evaluation.settings import CHOICE, CHOICE_CHINESE, SHORT, Setting, ask, paper_prompt, setting_for
+from mono_internvl.evaluation.settings import (
+    CHOICE,
+    CHOICE_CHINESE,
+    SHORT,
+    Setting,
+    ask,
+    paper_parts,
+    paper_prompt,
+    setting_for,
+)
 
 
 def needs(module: str):
@@ -87,12 +96,17 @@ class Recorder:
         return "answer"
 
 
+def marked(parts) -> str:
+    """Parts as one string, with a sign at each picture that no text holds."""
+    return "".join(part["text"] if part["type"] == "text" else "▣" for part in parts)
+
+
 @pytest.mark.parametrize(
     ("dataset", "video", "size", "max_tiles", "prompt"),
     [
-        ("MMMU_DEV_VAL", False, (20, 10), 12, "Which?"),
-        ("InfoVQA_VAL", False, (10, 5), 24, "Which?"),
-        ("Video-MME", True, (10, 5), 1, "Frame1: <image>\nFrame2: <image>\nWhich?"),
+        ("MMMU_DEV_VAL", False, (20, 10), 12, "Image-1: ▣\nImage-2: ▣\nWhich?"),
+        ("InfoVQA_VAL", False, (10, 5), 24, "Image-1: ▣\nImage-2: ▣\nWhich?"),
+        ("Video-MME", True, (10, 5), 1, "Frame1: ▣\nFrame2: ▣\nWhich?"),
     ],
 )
 def test_ask_is_greedy_with_the_tiles_of_the_benchmark(dataset, video, size, max_tiles, prompt):
@@ -100,8 +114,73 @@ def test_ask_is_greedy_with_the_tiles_of_the_benchmark(dataset, video, size, max
     pictures = [Image.new("RGB", (10, 5))] * 2
     assert ask(recorder, "processor", pictures, "Which?", dataset, video=video) == "answer"
     seen, asked, options = recorder.asked
-    assert [picture.size for picture in seen] == [size, size] and asked == prompt
+    assert [picture.size for picture in seen] == [size, size] and marked(asked) == prompt
     assert options == {"max_tiles": max_tiles, "processor": "processor", "do_sample": False, "max_new_tokens": 1024}
+
+
+IMAGE = {"type": "image"}
+
+
+def text(words):
+    return {"type": "text", "text": words}
+
+
+@pytest.mark.parametrize(
+    ("pictures", "prompt", "expected"),
+    [
+        (1, "Which is in <image>?", "Which is in ▣?"),  # as many marks as pictures: places
+        (1, "In <image>, what? Look at <image>.", "▣In <image>, what? Look at <image>."),  # else words
+        (2, "Which fits <image>?\nA. <image>\nB. see <image>", None),
+        (0, "What does the tag <image> do?", "What does the tag <image> do?"),
+        (1, [IMAGE, text("What does <image> do?")], "▣What does <image> do?"),
+        (2, [text("Left:"), IMAGE, text("Right:"), IMAGE, text("Which?")], "Left:▣Right:▣Which?"),
+        (2, [IMAGE, IMAGE, text("Which?")], "Image-1: ▣\nImage-2: ▣\nWhich?"),
+        (2, [IMAGE, text("A"), text("B"), IMAGE], "▣A\nB▣"),
+    ],
+)
+def test_pictures_stand_where_the_benchmark_has_them(pictures, prompt, expected):
+    recorder = Recorder()
+    ask(recorder, "processor", [Image.new("RGB", (10, 5))] * pictures, prompt, "")
+    seen, asked, _ = recorder.asked
+    expected = expected or f"Image-1: ▣\nImage-2: ▣\n{prompt}"
+    assert len(seen) == pictures and marked(asked) == expected
+    assert sum(part["type"] == "image" for part in asked) == pictures
+
+
+def test_frames_are_named_where_they_stand():
+    recorder = Recorder()
+    frames = [Image.new("RGB", (10, 5))] * 2
+    ask(recorder, "processor", frames, [text("Watch <image>."), IMAGE, IMAGE, text("What?")], "", video=True)
+    assert marked(recorder.asked[1]) == "Watch <image>.\nFrame1: ▣\nFrame2: ▣\nWhat?"
+
+
+def test_earlier_turns_and_a_system_prompt_are_passed_on():
+    recorder = Recorder()
+    history = [{"role": "user", "content": [IMAGE, text("A?")]}, {"role": "assistant", "content": [text("B")]}]
+    pictures = [Image.new("RGB", (10, 5))] * 2
+    ask(recorder, "processor", pictures, [IMAGE, text("C?")], "", system="Be short.", history=history)
+    _, asked, options = recorder.asked
+    assert marked(asked) == "▣C?" and options["history"] == history and options["system"] == "Be short."
+
+
+def test_the_ending_is_that_of_the_last_text():
+    parts = [text("哪个？"), IMAGE, text("\nA. 1\nB. 2")]
+    assert paper_parts(parts, "ccbench") == [*parts[:2], text(f"\nA. 1\nB. 2{CHOICE_CHINESE}")]
+    assert paper_parts([text("How many in"), IMAGE], "chartqa") == [text("How many in"), IMAGE, text(SHORT)]
+    assert paper_parts([IMAGE, text(f"Is it?{SHORT}")], "pope") == [IMAGE, text(f"Is it?{SHORT}")]
+
+
+def test_questions_that_hold_the_word_image_are_answered(model, processor, monkeypatch):
+    monkeypatch.setitem(settings.GREEDY, "max_new_tokens", 2)
+    picture = Image.new("RGB", (60, 40), "red")
+    for pictures, question in (
+        ([picture], "Which of these is in <image>?"),
+        ([picture], "In <image>, what is left? Look at <image> again."),
+        ([picture] * 2, "Which fits <image>?\nA. <image>\nB. see <image>"),
+        ([], "What does the tag <image> do?"),
+        ([picture] * 2, [text("Left:"), IMAGE, text("Right:"), IMAGE, text("Which?")]),
+    ):
+        assert isinstance(ask(model, processor, pictures, question, "mmvet"), str)
 
 
 def test_both_adapters_are_declared():
@@ -198,7 +277,28 @@ def test_lmms_eval_gets_the_papers_prompts(monkeypatch):
     request = Instance("generate_until", arguments, 0, {"task": "chartqa", "doc_id": 0, "repeats": 1})
     assert model.generate_until([request]) == ["answer"]
     _, asked, options = model.model.asked
-    assert asked == f"How many?{SHORT}" and options["max_tiles"] == 12 and options["max_new_tokens"] == 1024
+    assert asked == [IMAGE, text(f"How many?{SHORT}")]
+    assert options["max_tiles"] == 12 and options["max_new_tokens"] == 1024
+    turns = [
+        {"role": "system", "content": [text("Be short.")]},
+        {"role": "user", "content": [{"type": "image", "url": picture}, text("A?")]},
+        {"role": "assistant", "content": [text("B")]},
+        {"role": "user", "content": [text("What is <image>?")]},
+    ]
+    model.task_dict = {"few": {"test": [document]}}
+    again = Instance("generate_until", ("", lambda doc: turns, {}, 0, "few", "test"), 0, request.metadata)
+    model.generate_until([again])
+    seen, asked, options = model.model.asked
+    assert len(seen) == 1 and asked == [text("What is <image>?")] and options["system"] == "Be short."
+    assert options["history"] == [
+        {"role": "user", "content": [IMAGE, text("A?")]},
+        {"role": "assistant", "content": [text("B")]},
+    ]
+    turns.pop()
+    with pytest.raises(ValueError, match="few, document 0: the last message must be the user's"):
+        model.generate_until([again])
+    with pytest.raises(ValueError, match=r"unknown model_args pretraind \(did you mean pretrained\?\)"):
+        adapter.MonoInternVLForLmmsEval(pretraind="x")
     with pytest.raises(NotImplementedError, match="choose a task that generates"):
         model.loglikelihood([])
     with pytest.raises(ValueError, match="batch_size=4"):
@@ -241,28 +341,35 @@ def test_vlmevalkit_gets_the_papers_prompts(monkeypatch):
     model.set_dump_image(lambda line: [str(PLATE)])
     line = pd.Series({"hint": "Look.", "question": "Which?", "A": "one", "B": "two", "C": float("nan")})
 
-    def text(dataset, row=line):
+    def prompt(dataset, row=line):
         assert model.use_custom_prompt(dataset)
         picture, last = model.build_prompt(row, dataset)
         assert picture == {"type": "image", "value": str(PLATE)} and last["type"] == "text"
         return last["value"]
 
     body = "Look.\nWhich?\nA. one\nB. two"
-    assert text("MMBench_TEST_EN") == body + CHOICE
-    assert text("ScienceQA_TEST") == body + CHOICE
-    assert text("CCBench", pd.Series({"question": "哪个？", "A": "一"})) == f"哪个？\nA. 一{CHOICE_CHINESE}"
-    assert text("MMMU_DEV_VAL", pd.Series({"question": "How much?"})) == f"How much?{SHORT}"
-    assert text("ChartQA_TEST", pd.Series({"question": "How much?"})) == f"How much?{SHORT}"
-    assert text("MME", pd.Series({"question": "Is it?"})) == f"Is it?{settings.PAPER_SETTINGS['mme'].ending}"
-    assert text("MMVet", pd.Series({"question": "Why?"})) == "Why?"
-    assert text("POPE", pd.Series({"question": "Is it?"})) == f"Is it?{SHORT}"
+    assert prompt("MMBench_TEST_EN") == body + CHOICE
+    assert prompt("ScienceQA_TEST") == body + CHOICE
+    assert prompt("CCBench", pd.Series({"question": "哪个？", "A": "一"})) == f"哪个？\nA. 一{CHOICE_CHINESE}"
+    assert prompt("MMMU_DEV_VAL", pd.Series({"question": "How much?"})) == f"How much?{SHORT}"
+    assert prompt("ChartQA_TEST", pd.Series({"question": "How much?"})) == f"How much?{SHORT}"
+    assert prompt("MME", pd.Series({"question": "Is it?"})) == f"Is it?{settings.PAPER_SETTINGS['mme'].ending}"
+    assert prompt("MMVet", pd.Series({"question": "Why?"})) == "Why?"
+    assert prompt("POPE", pd.Series({"question": "Is it?"})) == f"Is it?{SHORT}"
     assert not model.use_custom_prompt("MLVU")  # a video benchmark builds its own
 
     model.model = Recorder()
     message = [{"type": "image", "value": str(PLATE)}, {"type": "text", "value": "How much?"}]
     assert model.generate(message, dataset="DocVQA_TEST") == "answer"
     _, asked, options = model.model.asked
-    assert asked == "How much?" and options["max_tiles"] == 18
+    assert asked == [IMAGE, text("How much?")] and options["max_tiles"] == 18
+    with pytest.raises(ValueError, match="DocVQA_TEST, 'How much\\?': .*no such picture"):
+        model.generate_inner([{"type": "image", "value": "gone.png"}, message[1]], dataset="DocVQA_TEST")
+    # MMMU says where its pictures stand.
+    row = pd.Series({"question": "Is <image 2> like <image 1>?", "A": "yes", "B": "no"})
+    model.set_dump_image(lambda line: ["a.png", "b.png", "c.png"])
+    built = [part["value"] for part in model.build_prompt(row, "MMMU_DEV_VAL")]
+    assert built == ["c.png", "Is ", "b.png", " like ", "a.png", f"?\nA. yes\nB. no{CHOICE}"]
 
 
 @needs("vlmeval")
@@ -271,5 +378,7 @@ def test_vlmevalkit_lists_registered_models():
 
     from mono_internvl.evaluation.vlmevalkit import register
 
+    with pytest.raises(TypeError, match="devcie"):
+        register("My-Model", None, devcie="cpu")
     register("My-Model", None, device="cpu")
     assert supported_VLM["My-Model"]().generate([{"type": "text", "value": "Hello"}]).startswith("hello")
