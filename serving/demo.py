@@ -33,10 +33,18 @@ _STYLE = "footer, #chat button[title='Share'], #chat button[aria-label='Share'] 
 
 
 class Conversation(NamedTuple):
-    """What the model is given: RGB pictures in order, and (prompt, answer) turns whose prompts mark them."""
+    """What the model is given: RGB pictures in order, and (prompt, answer) turns whose prompts are content parts.
+
+    Pictures that no turn has a place for wait for the next question.
+    """
 
     pictures: tuple[Image.Image, ...] = ()
-    turns: tuple[tuple[str, str], ...] = ()
+    turns: tuple[tuple[list[dict[str, str]], str], ...] = ()
+
+    @property
+    def waiting(self) -> int:
+        """How many pictures have not been asked about."""
+        return len(self.pictures) - sum(part["type"] == "image" for parts, _ in self.turns for part in parts)
 
 
 class Sight(NamedTuple):
@@ -49,19 +57,30 @@ class Sight(NamedTuple):
 # ---------------------------------------------------------------------------------------------------------- the chat
 
 
-def add_pictures(conversation: Conversation, files: Sequence[str], max_pixels: int | None) -> Conversation:
-    """The conversation with the pictures of uploaded files.
+def add_pictures(
+    conversation: Conversation, files: Sequence[str], max_pixels: int | None
+) -> tuple[Conversation, list[str]]:
+    """The conversation with the pictures of uploaded files, and what is wrong with the others.
 
-    Raises:
-        ValueError: a file is not a picture, is damaged or too large; names it without its temporary folder.
+    Those are named without their temporary folder: not a picture, damaged or too large.
     """
-    pictures = []
+    pictures, problems = [], []
     for file in files:
         try:
             pictures.append(load_image(file, max_pixels=max_pixels))
         except (ValueError, OSError) as error:
-            raise ValueError(str(error).replace(str(file), Path(file).name)) from error
-    return conversation._replace(pictures=(*conversation.pictures, *pictures))
+            problems.append(one_line(error).replace(str(file), Path(file).name))
+    return conversation._replace(pictures=(*conversation.pictures, *pictures)), problems
+
+
+def question(conversation: Conversation, text: str) -> list[dict[str, str]]:
+    """The next turn's content parts: the waiting pictures, laid out as `chat` does, and the text as it was typed."""
+    *places, last = place_images("", conversation.waiting).split("<image>")
+    parts = []
+    for before in places:
+        parts += [{"type": "text", "text": before}] if before else []
+        parts.append({"type": "image"})
+    return [*parts, {"type": "text", "text": last + text}]
 
 
 def answer(
@@ -73,13 +92,17 @@ def answer(
 ) -> Iterator[tuple[str, Conversation]]:
     """Yields the answer as it grows, grounding tags included, each time with the conversation up to there.
 
-    Closing the iterator ends the generation at its next piece.
+    What is typed is text: pictures stand in front of it, and `<image>` in it is a word. Closing the iterator ends the
+    generation at its next piece.
 
     Raises:
         ValueError: what `chat` refuses.
     """
     events: queue.SimpleQueue[Any] = queue.SimpleQueue()
     closed = threading.Event()
+    if not prompt.strip():
+        raise ValueError("the prompt is empty; ask something")
+    parts = question(conversation, prompt)
 
     def hand_on(piece: str) -> None:
         if closed.is_set():
@@ -90,7 +113,7 @@ def answer(
         try:
             _, turns = model.chat(  # type: ignore[str-unpack]
                 list(conversation.pictures),
-                prompt,
+                parts,
                 history=list(conversation.turns),
                 return_history=True,
                 keep_grounding_tags=True,
@@ -103,23 +126,28 @@ def answer(
             events.put(("error", error))
 
     threading.Thread(target=generate, daemon=True).start()
-    text, marked = "", place_images(prompt, _new_pictures(conversation)) if prompt.strip() else prompt
+    text = ""
     try:
         while True:
             kind, value = events.get()
             if kind == "error":
                 raise value
+            text = value[-1][1] if kind == "turns" else text + value
+            yield text, conversation._replace(turns=(*conversation.turns, (parts, text)))
             if kind == "turns":
-                yield value[-1][1], conversation._replace(turns=tuple(value))
                 return
-            text += value
-            yield text, conversation._replace(turns=(*conversation.turns, (marked, text)))
     finally:
         closed.set()
 
 
-def _new_pictures(conversation: Conversation) -> int:
-    return len(conversation.pictures) - sum(prompt.count("<image>") for prompt, _ in conversation.turns)
+def messages_of(conversation: Conversation) -> list[dict[str, Any]]:
+    """The turns as messages, every picture in its place."""
+    left, messages = iter(conversation.pictures), []
+    for parts, given in conversation.turns:
+        filled = [{"type": "image", "image": next(left)} if part["type"] == "image" else part for part in parts]
+        messages.append({"role": "user", "content": filled})
+        messages.append({"role": "assistant", "content": [{"type": "text", "text": given}]})
+    return messages
 
 
 def look(
@@ -135,10 +163,17 @@ def look(
         tiling, seen = cut(picture, image_processor)
         visual += tiling.visual_tokens
         drawings.append((draw_tiling(f"picture {i}", tiling, seen), f"picture {i}: {tiling.visual_tokens} tokens"))
-    messages = processor.conversation(conversation.turns, conversation.pictures)
-    (ids,) = processor.apply_chat_template(messages, tokenize=True, max_tiles=max_tiles)
+    (ids,) = processor.apply_chat_template(messages_of(conversation), tokenize=True, max_tiles=max_tiles)
     of, pictures = f" of {limit:,}" if limit else "", f"{count} picture{'s' * (count != 1)}"
     return Sight(drawings, f"**{len(ids):,}{of} tokens**, {visual:,} of them visual, in {pictures}")
+
+
+def _kept(conversation: Conversation) -> list[str]:
+    """What the page says of pictures that wait."""
+    count = conversation.waiting
+    if not count:
+        return []
+    return [f"🖼 {count} picture{'s' * (count != 1)} kept for your next question"]
 
 
 def draw_answer(processor: MonoInternVLProcessor, conversation: Conversation) -> Image.Image | None:
@@ -177,24 +212,33 @@ def build_page(model: MonoInternVLForCausalLM, processor: MonoInternVLProcessor,
         max_new_tokens: float,
     ) -> Iterator[dict[Any, Any]]:
         text, files = message.get("text") or "", list(message.get("files") or [])
-        asked = [{"role": "user", "content": {"path": file}} for file in files]
-        asked += [{"role": "user", "content": text}] if text.strip() else []
-        shown = [*shown, *asked]
+        sent = [{"role": "user", "content": {"path": file}} for file in files]
+        sent += [{"role": "user", "content": text}] if text.strip() else []
+        shown = [*shown, *sent]
         options: dict[str, Any] = {"max_tiles": int(max_tiles), "max_new_tokens": int(max_new_tokens)}
         if temperature > 0:
             options |= {"do_sample": True, "temperature": temperature, "top_p": top_p}
-        yield {chat: shown, box: gr.MultimodalTextbox(value=None, interactive=False)}
+        conversation, problems = add_pictures(conversation, files, defaults.max_pixels)
+        # Kept from here on, whatever becomes of the question: the page goes on showing them.
+        yield {chat: shown, state: conversation, box: gr.MultimodalTextbox(value=None, interactive=False)}
+        if problems or not text.strip():
+            said = [*(f"⚠️ {problem}" for problem in problems), *_kept(conversation)] or ["⚠️ ask something"]
+            reply = {"role": "assistant", "content": "\n\n".join(said)}
+            yield {chat: [*shown, reply], box: gr.MultimodalTextbox(value={"text": text}, interactive=True)}
+            return
+        asked = conversation
         try:
-            before = add_pictures(conversation, files, defaults.max_pixels)
-            for written, conversation in answer(model, processor, before, text, **options):
+            for written, longer in answer(model, processor, conversation, text, **options):
                 reply = {"role": "assistant", "content": _GROUNDING_TAG.sub("", written) or "(no answer)"}
-                yield {chat: [*shown, reply], state: conversation}
-            seen = look(processor, conversation, int(max_tiles), limit)
-            drawn = draw_answer(processor, conversation)
+                yield {chat: [*shown, reply], state: longer}
+                asked = longer
+            seen = look(processor, asked, int(max_tiles), limit)
+            drawn = draw_answer(processor, asked)
         except (ValueError, OSError, MemoryError, RuntimeError) as error:  # torch says RuntimeError of full memory
             # The question goes back into its field; for the model it was never asked.
-            problem = {"role": "assistant", "content": f"⚠️ {one_line(error)}"}
-            yield {chat: [*shown, problem], box: gr.MultimodalTextbox(value={"text": text}, interactive=True)}
+            problem = {"role": "assistant", "content": "\n\n".join([f"⚠️ {one_line(error)}", *_kept(conversation)])}
+            box_again = gr.MultimodalTextbox(value={"text": text}, interactive=True)
+            yield {chat: [*shown, problem], state: conversation, box: box_again}
             return
         yield {
             tokens: seen.tokens,

@@ -15,7 +15,7 @@ from typing import Any
 
 import torch
 from huggingface_hub.constants import HF_HUB_OFFLINE
-from transformers import BatchFeature, PreTrainedConfig
+from transformers import BatchFeature, PreTrainedConfig, TokenizersBackend
 from vllm.config.multimodal import MultiModalDummyOptions
 from vllm.inputs import MultiModalDataDict
 from vllm.model_executor.models.config import VerifyAndUpdateConfig
@@ -34,11 +34,12 @@ from vllm.tokenizers.hf import get_cached_tokenizer
 from vllm.transformers_utils.config import HFConfigParser
 
 from ..configuration_mono_internvl import MonoInternVLConfig
-from ..processing_mono_internvl import MonoInternVLProcessor
+from ..processing_mono_internvl import IMAGE_TOKEN, MonoInternVLProcessor
 from .checkpoint import is_mono_internvl, serving_config
 from .vllm_plugin import TOKENIZER_MODE
 
 
+PLACEHOLDER = f"<img>{IMAGE_TOKEN}</img>"
 TILE_OPTIONS = ("min_tiles", "max_tiles", "use_thumbnail", "max_pixels")
 
 
@@ -96,15 +97,28 @@ class ChatTokenizer:
         return {"input_ids": ids} if return_dict else ids
 
 
+class ChatTokenizersBackend(ChatTokenizer, TokenizersBackend):
+    """The tokenizer of every folder so far; found by its name, so that it can be pickled."""
+
+
+def chat_tokenizer(processor: MonoInternVLProcessor) -> ChatTokenizer:
+    """A tokenizer of its own, which the engine may set up as it likes while the processor works in other threads."""
+    tokenizer = copy.deepcopy(processor.tokenizer)
+    kind = type(tokenizer)
+    name = f"Chat{kind.__name__}"
+    if name not in globals():
+        globals()[name] = type(name, (ChatTokenizer, kind), {"__module__": __name__})
+    tokenizer.__class__ = globals()[name]
+    tokenizer.processor, tokenizer.chat_template = processor, processor.chat_template
+    return tokenizer
+
+
 class ChatTokenizerLoader:
     """What vLLM's tokenizer registry asks for a tokenizer."""
 
     @classmethod
     def from_pretrained(cls, path, *args, revision=None, truncation_side=None, **kwargs):  # type: ignore[no-untyped-def]
-        processor = load_processor(str(path), revision)
-        tokenizer = copy.copy(processor.tokenizer)
-        tokenizer.__class__ = type("ChatTokenizer", (ChatTokenizer, type(tokenizer)), {})
-        tokenizer.processor, tokenizer.chat_template = processor, processor.chat_template
+        tokenizer: Any = chat_tokenizer(load_processor(str(path), revision))
         tokenizer.name_or_path = str(path)
         if truncation_side is not None:
             tokenizer.truncation_side = truncation_side
@@ -115,14 +129,48 @@ class ChatRenderer(HfRenderer):
     """vLLM's renderer, which would encode the finished string; here chats become ids in one step."""
 
     def render_messages(self, messages, params):  # type: ignore[no-untyped-def]
-        return super().render_messages(messages, _tokenized(params))
+        return super().render_messages(*self._for_our_template(messages, params))
 
     async def render_messages_async(self, messages, params):  # type: ignore[no-untyped-def]
-        return await super().render_messages_async(messages, _tokenized(params))
+        return await super().render_messages_async(*self._for_our_template(messages, params))
+
+    def _for_our_template(self, messages: list[Any], params: ChatParams) -> tuple[list[Any], ChatParams]:
+        params = replace(params, chat_template_kwargs={**params.chat_template_kwargs, "tokenize": True})
+        if params.chat_template_content_format == "string" and params.chat_template is None:
+            # As a string vLLM's own placeholders would be typed text; the template makes the same of parts.
+            messages = [_pictures_then_text(message) for message in messages]
+            params = replace(params, chat_template_content_format="openai")
+        return messages, params
+
+    def _tokenize_singleton_prompt(self, prompt, params):  # type: ignore[no-untyped-def]
+        return super()._tokenize_singleton_prompt(_with_places(prompt), params)
+
+    async def _tokenize_singleton_prompt_async(self, prompt, params):  # type: ignore[no-untyped-def]
+        return await super()._tokenize_singleton_prompt_async(_with_places(prompt), params)
 
 
-def _tokenized(params: ChatParams) -> ChatParams:
-    return replace(params, chat_template_kwargs={**params.chat_template_kwargs, "tokenize": True})
+def _pictures_then_text(message: Any) -> Any:
+    """What the content format "string" means: the pictures, and the texts as lines."""
+    content = message.get("content") if isinstance(message, dict) else None
+    if not isinstance(content, (list, tuple)):
+        return message
+    texts, others = [], []
+    for part in content:
+        is_text = isinstance(part, str) or (isinstance(part, dict) and isinstance(part.get("text"), str))
+        (texts if is_text else others).append(part)
+    joined = "\n".join(part if isinstance(part, str) else part["text"] for part in texts)
+    return {**message, "content": [*others, *([{"type": "text", "text": joined}] if texts else [])]}
+
+
+def _with_places(prompt: Any) -> Any:
+    """A raw prompt whose `<image>` marks are as many as its pictures, with the model's placeholders instead."""
+    text, pictures = prompt.get("prompt"), (prompt.get("multi_modal_data") or {}).get("image")
+    if not isinstance(text, str) or pictures is None or IMAGE_TOKEN in text:
+        return prompt
+    several = isinstance(pictures, (list, tuple)) or getattr(pictures, "ndim", 0) == 4
+    if text.count("<image>") != (len(pictures) if several else 1):
+        return prompt
+    return {**prompt, "prompt": text.replace("<image>", PLACEHOLDER)}
 
 
 # ------------------------------------------------------------------------------------------------------------ pictures
@@ -148,6 +196,20 @@ class PictureInfo(BaseProcessingInfo):
                 f"{processor.image_token_id} in its tokenizer; they must match"
             )
         return processor
+
+    def parse_mm_data(self, mm_data, **kwargs):  # type: ignore[no-untyped-def]
+        """
+        Raises:
+            ValueError: a tensor, which vLLM takes for embeddings.
+        """
+        pictures = mm_data.get("image")
+        first = pictures[0] if isinstance(pictures, (list, tuple)) and pictures else pictures
+        if isinstance(first, torch.Tensor) and not self.ctx.get_mm_config().enable_mm_embeds:
+            raise ValueError(
+                f"the picture is a tensor of shape {list(first.shape)}, which vLLM takes for embeddings; give a PIL "
+                "image or a numpy array [height, width, channels]"
+            )
+        return super().parse_mm_data(mm_data, **kwargs)
 
     def get_supported_mm_limits(self) -> Mapping[str, int | None]:
         return {"image": None}
@@ -203,13 +265,22 @@ class PictureProcessor(BaseMultiModalProcessor[PictureInfo]):
 
         Each picture is then made, and cached, on its own; its share is part of the cache's key.
 
+        A run of placeholders, as the released code writes it, stands for one picture, as it does in the processor.
+
         Raises:
-            ValueError: the prompt's placeholders are not one for each picture.
+            ValueError: the prompt's placeholders, or their runs, are not one for each picture; says what to write.
         """
         pictures = inputs.mm_data_items.get_all_counts().get("image", 0)
-        placeholders = inputs.prompt.count(self.info.get_hf_config().image_token_id)
-        if placeholders != pictures:
-            raise ValueError(f"{placeholders} image placeholders in the prompt for {pictures} pictures; give one each")
+        token, ids = self.info.get_hf_config().image_token_id, inputs.prompt
+        if (placeholders := ids.count(token)) != pictures:
+            one_each = [id for i, id in enumerate(ids) if id != token or i == 0 or ids[i - 1] != token]
+            if one_each.count(token) != pictures:
+                raise ValueError(
+                    f"{placeholders} image placeholders in the prompt for {pictures} pictures: write {PLACEHOLDER} "
+                    "where each picture stands, once for each; a chat template of your own must loop over a message's parts "
+                    "and write that for each part of type image"
+                )
+            inputs = replace(inputs, prompt=one_each)
         options = self.info.tile_options(inputs.hf_processor_mm_kwargs)
         shared = self.info.get_hf_processor().share_tiles(options, pictures)
         return super().apply(replace(inputs, hf_processor_mm_kwargs=shared), timing_ctx)

@@ -35,7 +35,7 @@ from vllm.sequence import IntermediateTensors
 from ..configuration_mono_internvl import MonoInternVLConfig, MonoInternVLTextConfig
 from ..modeling_mono_internvl import MonoInternVLMultiModalProjector, MonoInternVLVisionEmbeddings
 from .checkpoint import native_weights
-from .vllm_input import LargestInputs, PictureInfo, PictureProcessor
+from .vllm_input import PLACEHOLDER, LargestInputs, PictureInfo, PictureProcessor
 
 
 class Routing(NamedTuple):
@@ -248,7 +248,7 @@ class MonoInternVLForServing(nn.Module, SupportsMultiModal):
     def get_placeholder_str(cls, modality: str, i: int) -> str | None:
         if modality != "image":
             raise ValueError(f"{modality} input is not supported; only pictures are")
-        return "<img><IMG_CONTEXT></img>"
+        return PLACEHOLDER
 
     def embed_multimodal(self, **kwargs: torch.Tensor) -> MultiModalEmbeddings:
         """`pixel_values` [tiles, P, 3*28*28] of several pictures, `num_tiles` [pictures] -> [V, H] for each."""

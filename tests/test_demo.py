@@ -13,7 +13,14 @@ from typer.testing import CliRunner
 
 from conftest import ROOT
 from mono_internvl.cli import app
-from mono_internvl.serving.demo import Conversation, add_pictures, answer, draw_answer, look
+from mono_internvl.serving.demo import Conversation, add_pictures, answer, draw_answer, look, question
+
+
+IMAGE = {"type": "image"}
+
+
+def text(words):
+    return {"type": "text", "text": words}
 
 
 RED, BLUE = Image.new("RGB", (160, 60), "red"), Image.new("RGB", (50, 50), "blue")
@@ -21,18 +28,41 @@ RED, BLUE = Image.new("RGB", (160, 60), "red"), Image.new("RGB", (50, 50), "blue
 
 def test_answers_stream_and_a_later_turn_may_bring_a_picture(model, processor):
     pieces = list(answer(model, processor, Conversation((RED,)), "What?", max_tiles=4, max_new_tokens=12))
-    texts = [text for text, _ in pieces]
-    assert len(set(texts)) > 2 and all(texts[-1].startswith(text) for text in texts)
+    texts = [so_far for so_far, _ in pieces]
+    assert len(set(texts)) > 2 and all(texts[-1].startswith(so_far) for so_far in texts)
     options = {"processor": processor, "max_tiles": 4, "max_new_tokens": 12, "keep_grounding_tags": True}
     expected, turns = model.chat([RED], "What?", return_history=True, **options)
     conversation = pieces[-1][1]
-    assert texts[-1] == expected and conversation == Conversation((RED,), tuple(turns))
+    assert texts[-1] == expected
+    assert conversation == Conversation((RED,), (([IMAGE, text("\nWhat?")], expected),))
 
-    *_, (text, longer) = answer(
+    *_, (given, longer) = answer(
         model, processor, conversation._replace(pictures=(RED, BLUE)), "And?", max_tiles=4, max_new_tokens=12
     )
-    assert text == model.chat([RED, BLUE], "And?", history=turns, **options)
-    assert [asked for asked, _ in longer.turns] == ["<image>\nWhat?", "<image>\nAnd?"]
+    assert given == model.chat([RED, BLUE], "And?", history=turns, **options)
+    assert longer.turns[1][0] == [IMAGE, text("\nAnd?")] and longer.waiting == 0
+
+
+def test_the_word_image_is_a_word_in_every_turn(model, processor):
+    """Also where a later turn brings a picture."""
+    options = {"max_tiles": 2, "max_new_tokens": 6}
+    conversation = Conversation()
+    for pictures, asked in (((), "What is <image>?"), ((RED,), "<image> or <image>?"), ((RED, BLUE), "<image>?")):
+        conversation = conversation._replace(pictures=pictures)
+        *_, (_, conversation) = answer(model, processor, conversation, asked, **options)
+    assert [parts[-1]["text"] for parts, _ in conversation.turns] == [
+        "What is <image>?",
+        "\n<image> or <image>?",
+        "\n<image>?",
+    ]
+    assert ", in 2 pictures" in look(processor, conversation, 2).tokens
+
+
+def test_waiting_pictures_stand_in_front_as_in_chat():
+    assert question(Conversation(), "Hi") == [text("Hi")]
+    assert question(Conversation((RED,)), "Hi") == [IMAGE, text("\nHi")]
+    two = question(Conversation((RED, BLUE, RED), (([IMAGE, text("a")], "b"),)), "Hi")
+    assert two == [text("Image-1: "), IMAGE, text("\nImage-2: "), IMAGE, text("\nHi")]
 
 
 def test_every_piece_comes_with_a_conversation_that_can_go_on(model, processor):
@@ -61,24 +91,21 @@ def test_a_closed_answer_ends_the_generation(model, processor):
     assert 0 < steps < 300
 
 
-@pytest.mark.parametrize(
-    ("pictures", "prompt", "message"),
-    [((), " ", "the prompt is empty"), ((RED,), "<image> <image> What?", "2 <image> marks in the prompt, but 1 pict")],
-)
-def test_what_chat_refuses_reaches_the_page(model, processor, pictures, prompt, message):
+@pytest.mark.parametrize(("prompt", "message"), [(" ", "the prompt is empty"), ("word " * 2000, "limit of 512")])
+def test_what_chat_refuses_reaches_the_page(model, processor, prompt, message):
     with pytest.raises(ValueError, match=message):
-        list(answer(model, processor, Conversation(pictures), prompt))
+        list(answer(model, processor, Conversation((RED,)), prompt))
 
 
-def test_a_bad_file_is_named_without_its_folder(tmp_path):
+def test_a_bad_file_is_named_without_its_folder_and_the_others_are_kept(tmp_path):
     (tmp_path / "notes.txt").write_text("not a picture")
-    with pytest.raises(ValueError, match=r"^notes.txt is not a picture"):
-        add_pictures(Conversation(), [str(tmp_path / "notes.txt")], None)
     RED.save(tmp_path / "red.png")
-    with pytest.raises(ValueError, match=r"^red.png is too large \(160x60 = 9,600 pixels\)"):
-        add_pictures(Conversation(), [str(tmp_path / "red.png")], 9000)
-    added = add_pictures(Conversation((BLUE,)), [str(tmp_path / "red.png")], None)
-    assert [picture.size for picture in added.pictures] == [BLUE.size, RED.size]
+    files = [str(tmp_path / name) for name in ("notes.txt", "red.png", "gone.png")]
+    added, problems = add_pictures(Conversation((BLUE,)), files, None)
+    assert [picture.size for picture in added.pictures] == [BLUE.size, RED.size] and added.waiting == 2
+    assert problems[0].startswith("notes.txt is not a picture") and problems[1] == "no such picture: gone.png"
+    kept, problems = add_pictures(Conversation(), files[1:2], 9000)
+    assert not kept.pictures and problems[0].startswith("red.png is too large (160x60 = 9,600 pixels)")
 
 
 @pytest.mark.parametrize("max_tiles", [1, 4, 9])
@@ -100,11 +127,11 @@ def test_what_is_shown_is_what_the_model_gets(model, processor, max_tiles):
 
 def test_boxes_are_drawn_on_the_newest_picture(processor):
     box = "<ref>star</ref><box>[[250, 250, 750, 750]]</box>"
-    drawn = draw_answer(processor, Conversation((RED, BLUE), (("<image> <image>", box),)))
+    drawn = draw_answer(processor, Conversation((RED, BLUE), (([IMAGE, IMAGE], box),)))
     assert drawn.size == BLUE.size and drawn.tobytes() != BLUE.tobytes()
     assert drawn.getpixel((5, 45)) == (0, 0, 255) and drawn.getpixel((37, 30)) != (0, 0, 255)  # outside, on the edge
-    assert draw_answer(processor, Conversation((RED,), (("<image>", "no box"),))) is None
-    assert draw_answer(processor, Conversation((), (("Hi", box),))) is None
+    assert draw_answer(processor, Conversation((RED,), (([IMAGE], "no box"),))) is None
+    assert draw_answer(processor, Conversation((), (([text("Hi")], box),))) is None
 
 
 def test_without_gradio_the_command_says_how_to_get_it(monkeypatch):
@@ -195,6 +222,23 @@ def test_upload_ask_and_see_the_right_answer(page, tmp_path):
     page.wait_for_function("document.querySelector('#tiling').innerText.includes('picture 2: 192 tokens')")
     assert "256 of them visual, in 2 pictures" in page.inner_text("#tokens")
     assert page.refused == []
+
+
+@pytest.mark.browser
+def test_a_picture_is_kept_until_it_is_asked_about(page, tmp_path):
+    """Sent without a question, or beside a bad file."""
+    plate = ROOT / "examples" / "plate.png"
+    assert "1 picture kept" in ask(page, "", plate)
+    assert ask(page, "How many circles are there?") == "2"
+    page.click("#anew")
+    page.wait_for_function("document.querySelectorAll('#chat .message').length == 0")
+    (tmp_path / "bad.png").write_bytes(b"")
+    said = ask(page, "How many circles are there?", plate, tmp_path / "bad.png")
+    assert "bad.png is empty" in said and "1 picture kept" in said
+    assert page.input_value("#question textarea") == "How many circles are there?"
+    assert ask(page, "How many circles are there?") == "2"
+    assert "64 of them visual, in 1 picture" in page.inner_text("#tokens")
+    assert ask(page, "What does <image> mean, or <image>?")
 
 
 @pytest.mark.browser
