@@ -97,7 +97,7 @@ class ChatTokenizer:
         return {"input_ids": ids} if return_dict else ids
 
 
-class ChatTokenizersBackend(ChatTokenizer, TokenizersBackend):
+class ChatTokenizersBackend(ChatTokenizer, TokenizersBackend):  # type: ignore[misc]
     """The tokenizer of every folder so far; found by its name, so that it can be pickled."""
 
 
@@ -154,7 +154,8 @@ def _pictures_then_text(message: Any) -> Any:
     content = message.get("content") if isinstance(message, dict) else None
     if not isinstance(content, (list, tuple)):
         return message
-    texts, others = [], []
+    texts: list[Any] = []
+    others: list[Any] = []
     for part in content:
         is_text = isinstance(part, str) or (isinstance(part, dict) and isinstance(part.get("text"), str))
         (texts if is_text else others).append(part)
@@ -277,8 +278,8 @@ class PictureProcessor(BaseMultiModalProcessor[PictureInfo]):
             if one_each.count(token) != pictures:
                 raise ValueError(
                     f"{placeholders} image placeholders in the prompt for {pictures} pictures: write {PLACEHOLDER} "
-                    "where each picture stands, once for each; a chat template of your own must loop over a message's parts "
-                    "and write that for each part of type image"
+                    "where each picture stands, once for each; a chat template of your own must loop over a message's "
+                    "parts and write that for each part of type image"
                 )
             inputs = replace(inputs, prompt=one_each)
         options = self.info.tile_options(inputs.hf_processor_mm_kwargs)
