@@ -20,6 +20,7 @@ from .demo import demo
 from .evaluate import evaluate
 from .expand import expand
 from .inspect import inspect
+from .merge import merge
 from .tiles import tiles
 from .tokenizer import tokenizer
 from .train import train
@@ -58,7 +59,7 @@ def options(
     set_debug(debug)
 
 
-for _command in (chat, demo, tiles, attention, inspect, tokenizer, evaluate, expand, convert, benchmark):
+for _command in (chat, demo, tiles, attention, inspect, tokenizer, evaluate, expand, convert, merge, benchmark):
     app.command()(_command)
 # A recipe's keys are options too; `train` reads them itself.
 app.command(context_settings={"allow_extra_args": True, "ignore_unknown_options": True})(train)

@@ -12,6 +12,8 @@ No remote code is run: `--trust-remote-code` is not needed. Other models are ser
 """
 
 import logging
+from pathlib import Path
+from typing import Any
 
 from .checkpoint import ARCHITECTURE
 
@@ -50,3 +52,25 @@ def register() -> None:
     RENDERER_REGISTRY.renderers[TOKENIZER_MODE] = (vllm_input.__name__, vllm_input.ChatRenderer.__name__)
     # Every Hugging Face folder is read by the parser "hf"; ours takes those of this model and leaves the others to it.
     vllm_config._CONFIG_FORMAT_TO_CONFIG_PARSER["hf"] = vllm_input.ConfigParser
+    # vLLM looks for config.json before any parser is asked; a LoRA folder has none, and vLLM would not say why.
+    found = getattr(vllm_config, "file_or_path_exists", None)
+    if found is not None and not hasattr(found, "refuses_adapters"):
+        vllm_config.file_or_path_exists = _refusing_adapters(found)
+
+
+def _refusing_adapters(found: Any) -> Any:
+    """vLLM's `file_or_path_exists(model, name, ..)`; logs what to do with a LoRA folder that is given as the model."""
+
+    def look(model: Any, *args: Any, **kwargs: Any) -> Any:
+        folder = Path(str(model))
+        if (folder / "adapter_config.json").is_file() and not (folder / "config.json").is_file():
+            logger.error(
+                "%s is a LoRA adapter; adapters are merged before they are served: mono-internvl merge %s OUT, then "
+                "serve OUT",
+                model,
+                model,
+            )
+        return found(model, *args, **kwargs)
+
+    look.refuses_adapters = True  # type: ignore[attr-defined]
+    return look

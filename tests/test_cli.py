@@ -409,6 +409,17 @@ def test_adapter_folders_answer_as_the_adapted_model(folder, adapter, picture, t
         assert run(*command, adapter).exit_code == 0
 
 
+def test_merge_writes_a_model_of_its_own(folder, adapter, picture, tmp_path):
+    out = tmp_path / "merged"
+    result = run("merge", adapter, out)
+    assert result.exit_code == 0 and "written to" in result.stderr, result.output
+    command = ("chat", picture, "What is it?", "--max-new-tokens", 8, "--dtype", "float32", "--model")
+    assert run(*command, out).stdout == run(*command, adapter).stdout
+    assert MonoInternVLConfig.from_pretrained(out).dtype == MonoInternVLConfig.from_pretrained(folder).dtype
+    assert "not an empty folder" in failure("merge", adapter, out)
+    assert "no adapter_config.json" in failure("merge", folder, tmp_path / "other")
+
+
 def test_adapters_without_what_they_need_are_refused_by_name(folder, adapter, monkeypatch):
     file = adapter / "adapter_config.json"
     written = json.loads(file.read_text())

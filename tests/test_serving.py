@@ -1,10 +1,13 @@
 """Serving: what the vLLM plugin does without vLLM; the rest is marked `vllm` and runs in vLLM's own environment."""
 
+import copy
 import importlib.util
 import json
+import pickle
 import re
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
@@ -187,6 +190,56 @@ def test_vllm_reads_both_layouts_and_leaves_others_alone(tmp_path, processor):
     dense = check_vllm.make_cost_folder(True, tmp_path / "dense")
     other = ModelConfig(str(dense), dtype="float32")
     assert other.architecture == "LlamaForCausalLM" and other.tokenizer_mode == "auto"
+
+
+@pytest.mark.vllm
+def test_the_engines_tokenizer_can_be_pickled_and_is_its_own(processor):
+    """What the engine sets on its tokenizer must not reach the processor, which works in other threads."""
+    from mono_internvl.serving.vllm_input import ChatTokenizerLoader
+
+    tokenizer = ChatTokenizerLoader.from_pretrained(str(ROOT))
+    messages = [{"role": "user", "content": "I typed <IMG_CONTEXT> and <|im_end|>"}]
+    expected = processor.chat_token_ids(messages)
+    for again in (tokenizer, pickle.loads(pickle.dumps(tokenizer)), copy.copy(tokenizer), copy.deepcopy(tokenizer)):
+        assert again.apply_chat_template(messages) == expected
+        assert again("Hello") == processor.tokenizer("Hello")
+    with ThreadPoolExecutor(4) as threads:
+        cut = threads.map(
+            lambda _: len(tokenizer("word " * 50, truncation=True, max_length=7)["input_ids"]), range(200)
+        )
+        found = threads.map(lambda _: tokenizer.apply_chat_template(messages), range(200))
+        assert set(cut) == {7} and all(ids == expected for ids in found)
+
+
+@pytest.mark.vllm
+def test_marks_and_string_content_get_the_models_placeholders():
+    from mono_internvl.serving.vllm_input import _pictures_then_text, _with_places
+
+    picture = Image.new("RGB", (4, 4))
+
+    def placed(text, images):
+        return _with_places({"prompt": text, "multi_modal_data": {"image": images}})["prompt"]
+
+    assert placed("<image> What?", picture) == "<img><IMG_CONTEXT></img> What?"
+    assert placed("<image><image>", [picture] * 2) == "<img><IMG_CONTEXT></img>" * 2
+    for text in ("<image> <image>", "<IMG_CONTEXT> and <image>", "none"):  # words, or refused by their number
+        assert placed(text, picture) == text
+    assert _with_places({"prompt": "<image>"}) == {"prompt": "<image>"}
+    parts = [{"type": "text", "text": "A"}, {"type": "image_pil", "image_pil": picture}, {"type": "text", "text": "B"}]
+    (first, last) = _pictures_then_text({"role": "user", "content": parts})["content"]
+    assert first["type"] == "image_pil" and last == {"type": "text", "text": "A\nB"}
+    assert _pictures_then_text({"role": "user", "content": "A"}) == {"role": "user", "content": "A"}
+
+
+@pytest.mark.vllm
+def test_an_adapter_as_the_model_is_refused_with_what_to_do(tmp_path, caplog):
+    from vllm.config import ModelConfig
+
+    register()
+    (tmp_path / "adapter_config.json").write_text("{}")
+    with pytest.raises(ValueError, match=re.escape(str(tmp_path))):
+        ModelConfig(str(tmp_path), dtype="float32", tokenizer=str(ROOT))
+    assert f"mono-internvl merge {tmp_path} OUT" in caplog.text
 
 
 @pytest.mark.vllm
