@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from .chat import load_picture
+from .chat import load_picture, names_file
 from .common import (
     DEFAULT_MAX_PIXELS,
     DeviceOption,
@@ -53,6 +53,10 @@ def attention(
     chosen = parse_layers(layers)
     if not question.strip():
         raise typer.BadParameter("the question is empty", param_hint="QUESTION")
+    if names_file(question):
+        raise typer.BadParameter(
+            f"{question} names a file; the question comes after one picture", param_hint="QUESTION"
+        )
     image = load_picture(picture, max_pixels)
     from ..evaluation.attention import collect_attention, draw_attention
 

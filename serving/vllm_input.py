@@ -90,7 +90,13 @@ class ChatTokenizer:
     def apply_chat_template(  # type: ignore[no-untyped-def]
         self, conversation, tools=None, chat_template=None, tokenize=True, return_dict=False, **kwargs
     ):
-        """As in transformers, without pictures: ids hold one placeholder for each."""
+        """As in transformers, without pictures: ids hold one placeholder for each.
+
+        Raises:
+            ValueError: tools for a template that would leave them out.
+        """
+        if tools and "tools" not in (chat_template or self.chat_template):  # type: ignore[attr-defined]
+            raise ValueError("the chat template has no place for tools; leave them out or give a template that has")
         if not tokenize:
             return self.processor.apply_chat_template(conversation, chat_template, tools=tools, **kwargs)
         ids = self.processor.chat_token_ids(conversation, chat_template, tools=tools, **kwargs)

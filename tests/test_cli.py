@@ -178,10 +178,11 @@ def test_chat_wrong_usage(folder, picture, tmp_path):
         (("Hi", "--top-p", "0.5"), "--temperature"),
         (("Hi", "--dtype", "int8"), "not one of"),
         (("Hi", "--max-tiles", "0"), "--max-tiles"),
+        (("Hi", "--temprature", "1"), "did you mean '--temperature"),
     ):
         result = run("chat", *arguments, "--model", folder)
         assert result.exit_code == 2, result.output
-        assert reason in " ".join(result.stderr.split())
+        assert reason.lower() in " ".join(result.stderr.split()).lower()
 
 
 def test_chat_refuses_float16_and_unknown_devices(folder):
@@ -189,6 +190,11 @@ def test_chat_refuses_float16_and_unknown_devices(folder):
     assert "'gpu'" in failure("chat", "Hi", "--model", folder, "--device", "gpu")
     if not torch.cuda.is_available():
         assert "CUDA" in failure("chat", "Hi", "--model", folder, "--device", "cuda")
+
+
+def test_the_question_of_attention_is_no_file(folder, picture, tmp_path):
+    result = run("attention", picture, "other.png", "-o", tmp_path / "o.png", "--model", folder)
+    assert result.exit_code == 2 and "other.png names a file" in " ".join(result.stderr.split())
 
 
 def test_split_words(picture):

@@ -91,7 +91,9 @@ def test_a_closed_answer_ends_the_generation(model, processor):
     assert 0 < steps < 300
 
 
-@pytest.mark.parametrize(("prompt", "message"), [(" ", "the prompt is empty"), ("word " * 2000, "limit of 512")])
+@pytest.mark.parametrize(
+    ("prompt", "message"), [(" ", "the prompt is empty"), ("word " * 2000, "limit of 512")], ids=["empty", "long"]
+)
 def test_what_chat_refuses_reaches_the_page(model, processor, prompt, message):
     with pytest.raises(ValueError, match=message):
         list(answer(model, processor, Conversation((RED,)), prompt))

@@ -202,6 +202,8 @@ def test_the_engines_tokenizer_can_be_pickled_and_is_its_own(processor):
     expected = processor.chat_token_ids(messages)
     for again in (tokenizer, pickle.loads(pickle.dumps(tokenizer)), copy.copy(tokenizer), copy.deepcopy(tokenizer)):
         assert again.apply_chat_template(messages) == expected
+        with pytest.raises(ValueError, match="no place for tools"):
+            again.apply_chat_template(messages, tools=[{"type": "function"}], chat_template="{{ messages[0].content }}")
         assert again("Hello") == processor.tokenizer("Hello")
     with ThreadPoolExecutor(4) as threads:
         cut = threads.map(
