@@ -5,6 +5,7 @@ Importing this package registers the model with transformers' `Auto*` classes.
 
 from contextlib import suppress
 
+import transformers
 from transformers import (
     AutoConfig,
     AutoImageProcessor,
@@ -25,7 +26,12 @@ __version__ = "0.1.0"
 if __name__ == "mono_internvl":
     # Only under its own name: pytest imports a root folder with an `__init__.py` once more, under the folder's name.
     AutoConfig.register(MonoInternVLConfig.model_type, MonoInternVLConfig, exist_ok=True)
-    for _auto_class in (AutoModel, AutoModelForCausalLM, AutoModelForImageTextToText):
+    for _auto_class in (
+        AutoModel,
+        AutoModelForCausalLM,
+        AutoModelForImageTextToText,
+        transformers.AutoModelForMultimodalLM,
+    ):
         _auto_class.register(MonoInternVLConfig, MonoInternVLForCausalLM, exist_ok=True)
     AutoProcessor.register(MonoInternVLConfig, MonoInternVLProcessor, exist_ok=True)
     with suppress(ImportError):

@@ -20,6 +20,7 @@ AUTO_MAP = {
     "AutoModel": "modeling_mono_internvl.MonoInternVLForCausalLM",
     "AutoModelForCausalLM": "modeling_mono_internvl.MonoInternVLForCausalLM",
     "AutoModelForImageTextToText": "modeling_mono_internvl.MonoInternVLForCausalLM",
+    "AutoModelForMultimodalLM": "modeling_mono_internvl.MonoInternVLForCausalLM",
     "AutoProcessor": "processing_mono_internvl.MonoInternVLProcessor",
     "AutoImageProcessor": "image_processing_mono_internvl.MonoInternVLImageProcessor",
 }
@@ -84,7 +85,7 @@ class MonoInternVLTextConfig(PreTrainedConfig):
 
     model_type = "mono_internvl_text"
     base_config_key = "text_config"
-    keys_to_ignore_at_inference = ["past_key_values"]
+    keys_to_ignore_at_inference = ["past_key_values", "cache"]
     default_theta = 1_000_000.0
     base_model_tp_plan = {
         "layers.*.self_attn.q_proj": "colwise",
@@ -182,7 +183,8 @@ class MonoInternVLConfig(PreTrainedConfig):
 
     model_type = "mono_internvl"
     sub_configs = {"text_config": MonoInternVLTextConfig, "vision_config": MonoInternVLVisionConfig}
-    keys_to_ignore_at_inference = ["past_key_values"]
+    # What `Trainer.evaluate` leaves out of the predictions that `compute_metrics` sees.
+    keys_to_ignore_at_inference = ["past_key_values", "cache", "image_hidden_states"]
 
     # dict, object or None; an object after `__post_init__`.
     text_config: Any = None

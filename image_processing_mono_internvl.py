@@ -595,7 +595,7 @@ class MonoInternVLImageProcessor(BaseImageProcessor):
         limit = self.max_pixels if max_pixels is None else max_pixels
         normalized = self.do_normalize if do_normalize is None else do_normalize
         dtype = torch.float32 if normalized else torch.uint8
-        sources = _flatten(images)
+        sources = flatten_pictures(images)
         patches, num_tiles = [], []
         for index, source in enumerate(sources):
             try:
@@ -706,9 +706,10 @@ def _cut(image: Image.Image, out: torch.Tensor, cols: int, rows: int, p: int) ->
     out.view(rows, cols, p, p, 3, PATCH_SIZE, PATCH_SIZE).copy_(pixels.permute(0, 3, 1, 4, 6, 2, 5))
 
 
-def _flatten(images: Any) -> list[Any]:
-    if isinstance(images, (list, tuple)):
-        return [source for item in images for source in _flatten(item)]
+def flatten_pictures(images: Any) -> list[Any]:
+    """Pictures in any nesting of sequences, iterators and 4-D arrays (frames) as one list, in order."""
+    if isinstance(images, (list, tuple, Iterator)):
+        return [source for item in images for source in flatten_pictures(item)]
     if isinstance(images, (np.ndarray, torch.Tensor)) and images.ndim == 4:
         return list(cast(Any, images))
     return [images]

@@ -24,10 +24,6 @@ from torch.nn import functional as F
 from transformers import initialization as init
 from transformers.activations import ACT2FN
 from transformers.cache_utils import Cache, DynamicCache
-from transformers.generation import utils as generation_utils
-from transformers.generation.logits_process import LogitsProcessorList, SuppressTokensLogitsProcessor
-from transformers.generation.utils import GenerationMixin
-from transformers.masking_utils import create_causal_mask
 from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.modeling_outputs import BaseModelOutputWithPast, BaseModelOutputWithPooling, CausalLMOutputWithPast
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS, PreTrainedModel
@@ -36,8 +32,12 @@ from transformers.utils import logging
 from transformers.utils.generic import can_return_tuple, merge_with_config_defaults
 from transformers.utils.output_capturing import capture_outputs
 
+from .chat_mono_internvl import AnswerStreamer, MonoInternVLChatMixin, cpu_has_bfloat16_units
+from .compat_mono_internvl import CACHE, cache_of, causal_mask, checked_keywords, is_paged, one_cache, update_cache
 from .configuration_mono_internvl import MonoInternVLConfig, MonoInternVLTextConfig, MonoInternVLVisionConfig
+from .generation_mono_internvl import MonoInternVLGenerationMixin
 from .image_processing_mono_internvl import patchify
+from .prompt_mono_internvl import place_images
 from .weight_mapping_mono_internvl import checkpoint_mapping, register_checkpoint_mapping
 
 
@@ -115,6 +115,17 @@ class PlaceholderCheck:
 # ------------------------------------------------------------------------------------------------- visual embedding
 
 
+class MonoInternVLPatchEmbedding(nn.Conv2d):
+    """A convolution that sees one small patch at a time, [n, 3, p, p] -> [n, C, 1, 1], and so is one matrix product.
+
+    It stays a convolution to those who wrap it: adapters and offloading hooks put theirs around the module's call.
+    """
+
+    def forward(self, patches: torch.Tensor) -> torch.Tensor:
+        patches = patches.to(self.weight.dtype)
+        return F.linear(patches.flatten(1), self.weight.flatten(1), self.bias)[..., None, None]
+
+
 class MonoInternVLVisionEmbeddings(nn.Module):
     """Pixels -> one vector per visual token: linear 14-px patches, learned positions, 2 x 2 neighbours concatenated.
 
@@ -130,7 +141,9 @@ class MonoInternVLVisionEmbeddings(nn.Module):
         self.config = config
         self.token_size = config.token_size
         self.side = config.image_size // config.patch_size
-        self.patch_embedding = nn.Conv2d(3, config.hidden_size, kernel_size=config.patch_size, stride=config.patch_size)
+        self.patch_embedding = MonoInternVLPatchEmbedding(
+            3, config.hidden_size, kernel_size=config.patch_size, stride=config.patch_size
+        )
         # Row 0 belongs to the class token, which nothing uses; both are kept for a lossless round trip.
         self.position_embedding = nn.Parameter(torch.empty(1, 1 + self.side**2, config.hidden_size))
         self.register_buffer("class_embedding", torch.zeros(1, 1, config.hidden_size))
@@ -169,10 +182,11 @@ class MonoInternVLVisionEmbeddings(nn.Module):
             )
         if not pixel_values.is_floating_point():
             pixel_values = self.normalize(pixel_values)
-        weight = self.patch_embedding.weight.flatten(1)
         # [.., 3, (2 p), (2 p)] -> four small patches of [3, p, p] in pixel-shuffle order, then one matrix product.
-        x = pixel_values.to(weight.dtype).view(tiles, patches, 3, 2, p, 2, p).permute(0, 1, 3, 5, 2, 4, 6)
-        x = F.linear(x.reshape(tiles, patches, 4, weight.shape[1]), weight, self.patch_embedding.bias)
+        x = pixel_values.view(tiles, patches, 3, 2, p, 2, p).permute(0, 1, 3, 5, 2, 4, 6)
+        x = self.patch_embedding(x.reshape(tiles * patches * 4, 3, p, p)).view(
+            tiles, patches, 4, self.config.hidden_size
+        )
         positions = self.positions(2 * side).view(side, 2, side, 2, -1).transpose(1, 2).reshape(patches, 4, -1)
         return (x + positions).view(tiles, patches, 4 * x.shape[-1])
 
@@ -388,7 +402,7 @@ class MonoInternVLAttention(nn.Module):
         hidden_states: torch.Tensor,
         position_embeddings: tuple[torch.Tensor, torch.Tensor],
         attention_mask: torch.Tensor | None = None,
-        past_key_values: Cache | None = None,
+        cache: Any = None,
         routing: RoutingPlan | None = None,
         queries: int | None = None,
         samples: list[list[int]] | None = None,
@@ -399,8 +413,8 @@ class MonoInternVLAttention(nn.Module):
         cos, sin = position_embeddings
         q = rotate(q, cos, sin) if queries is None else rotate(q, cos[:, -queries:], sin[:, -queries:])
         k = rotate(k, cos, sin)
-        if past_key_values is not None:
-            k, v = past_key_values.update(k, v, self.layer_idx)
+        if cache is not None:
+            k, v = update_cache(cache, k, v, self.layer_idx, kwargs)
 
         attend: Callable = ALL_ATTENTION_FUNCTIONS.get_interface(
             self.config._attn_implementation, eager_attention_forward
@@ -408,7 +422,7 @@ class MonoInternVLAttention(nn.Module):
         dropout = self.attention_dropout if self.training else 0.0
         if samples is not None:
             attend, kwargs["samples"] = sample_sdpa_forward, samples
-        elif self._reads_cache_once(q, attention_mask):
+        elif not is_paged(cache) and self._reads_cache_once(q, attention_mask):
             attend = grouped_sdpa_forward
         out, weights = attend(self, q, k, v, attention_mask, dropout=dropout, scaling=self.scaling, **kwargs)
         out = out.reshape(*out.shape[:2], -1).contiguous()
@@ -473,7 +487,7 @@ class MonoInternVLDecoderLayer(GradientCheckpointingLayer):
         hidden_states: torch.Tensor,
         attention_mask: torch.Tensor | None = None,
         position_embeddings: tuple[torch.Tensor, torch.Tensor] | None = None,
-        past_key_values: Cache | None = None,
+        cache: Any = None,
         routing: RoutingPlan | None = None,
         keep: int | None = None,
         queries: int | None = None,
@@ -487,7 +501,7 @@ class MonoInternVLDecoderLayer(GradientCheckpointingLayer):
             self.input_layernorm(hidden_states),
             position_embeddings=position_embeddings,
             attention_mask=attention_mask,
-            past_key_values=past_key_values,
+            cache=cache,
             routing=routing,
             queries=queries,
             **kwargs,
@@ -521,7 +535,7 @@ class MonoInternVLPreTrainedModel(PreTrainedModel):
     input_modalities = ("image", "text")  # type: ignore[assignment]
     supports_gradient_checkpointing = True
     _no_split_modules = ["MonoInternVLDecoderLayer"]
-    _skip_keys_device_placement = ["past_key_values"]
+    _skip_keys_device_placement = ["past_key_values", "cache"]
     _supports_flash_attn = True
     _supports_sdpa = True
     _supports_flex_attn = True
@@ -582,6 +596,7 @@ class MonoInternVLTextModel(MonoInternVLPreTrainedModel):
     def set_input_embeddings(self, value: nn.Module) -> None:
         self.embed_tokens = value  # type: ignore[assignment]
 
+    @checked_keywords
     @merge_with_config_defaults
     @capture_outputs
     def forward(
@@ -595,6 +610,7 @@ class MonoInternVLTextModel(MonoInternVLPreTrainedModel):
         routing: RoutingPlan | None = None,
         keep: int | None = None,
         check: PlaceholderCheck | None = None,
+        cache: Any = None,
         **kwargs: Any,
     ) -> BaseModelOutputWithPast:
         """`keep`: the last layer computes only the last so many rows of each sequence, which must be text.
@@ -605,16 +621,19 @@ class MonoInternVLTextModel(MonoInternVLPreTrainedModel):
             raise ValueError("exactly one of input_ids and inputs_embeds must be given")
         if inputs_embeds is None:
             inputs_embeds = self.embed_tokens(input_ids)
-        if use_cache and past_key_values is None:
-            past_key_values = DynamicCache(config=self.config)
+        cache = one_cache(cache, past_key_values)
+        if self.gradient_checkpointing and self.training and torch.is_grad_enabled():
+            cache = self._without_cache(cache)
+        elif use_cache and cache is None:
+            cache = DynamicCache(config=self.config)
         samples = None
-        if attention_mask is None and past_key_values is None and position_ids is not None and self._may_wait():
+        if attention_mask is None and cache is None and position_ids is not None and self._may_wait():
             samples = sample_lengths(position_ids.expand(inputs_embeds.shape[0], -1))
         mask = None
         if samples is None:
-            mask = self._causal_mask(inputs_embeds, attention_mask, past_key_values, position_ids)
+            mask = self._causal_mask(inputs_embeds, attention_mask, cache, position_ids)
         if position_ids is None:
-            past = past_key_values.get_seq_length() if past_key_values is not None else 0
+            past = 0 if cache is None else cache.get_seq_length()
             position_ids = torch.arange(inputs_embeds.shape[1], device=inputs_embeds.device).unsqueeze(0) + past
         x = inputs_embeds
         cos, sin = self.rotary_emb(x, position_ids)
@@ -627,7 +646,7 @@ class MonoInternVLTextModel(MonoInternVLPreTrainedModel):
                 attention_mask=mask,
                 position_embeddings=position_embeddings,
                 position_ids=position_ids,
-                past_key_values=past_key_values,
+                cache=cache,
                 routing=routing,
                 samples=samples,
                 **kwargs,
@@ -636,20 +655,33 @@ class MonoInternVLTextModel(MonoInternVLPreTrainedModel):
             keep = None
         queries = None
         if samples is None:
-            mask, queries = self._last_queries(mask, keep, past_key_values)
+            mask, queries = self._last_queries(mask, keep, cache)
         x = self.layers[-1](
             x,
             attention_mask=mask,
             position_embeddings=position_embeddings,
             position_ids=position_ids,
-            past_key_values=past_key_values,
+            cache=cache,
             routing=routing,
             keep=keep,
             queries=queries,
             samples=samples,
             **kwargs,
         )
-        return BaseModelOutputWithPast(last_hidden_state=self.norm(x), past_key_values=past_key_values)
+        return BaseModelOutputWithPast(last_hidden_state=self.norm(x), **{CACHE: cache})
+
+    @staticmethod
+    def _without_cache(cache: Cache | None) -> None:
+        """Layers that are computed again for their gradients would write the cache twice, so they get none.
+
+        Raises:
+            ValueError: the cache holds tokens that this call is meant to continue.
+        """
+        if cache is not None and cache.get_seq_length():
+            raise ValueError(
+                f"gradient checkpointing cannot continue a cache of {cache.get_seq_length()} tokens: give the whole "
+                "sequence, or turn it off with model.gradient_checkpointing_disable()"
+            )
 
     def _causal_mask(
         self, x: torch.Tensor, attention_mask: Any, cache: Cache | None, position_ids: torch.Tensor | None
@@ -663,13 +695,7 @@ class MonoInternVLTextModel(MonoInternVLPreTrainedModel):
         empty = cache is None or (isinstance(cache, DynamicCache) and cache.get_seq_length() == 0)
         if attention_mask is None and position_ids is None and empty and self.config._attn_implementation == "sdpa":
             return None
-        return create_causal_mask(
-            config=self.config,
-            inputs_embeds=x,
-            attention_mask=attention_mask,
-            past_key_values=cache,
-            position_ids=position_ids,
-        )
+        return causal_mask(self.config, x, attention_mask, cache, position_ids)
 
     def _may_wait(self) -> bool:
         """Whether packed samples are attended to one by one: by sdpa, where the host may look at the positions."""
@@ -715,6 +741,7 @@ class MonoInternVLModel(MonoInternVLPreTrainedModel):
     def set_decoder(self, decoder: nn.Module) -> None:
         self.language_model = decoder
 
+    @checked_keywords
     @can_return_tuple
     def get_image_features(self, pixel_values: torch.Tensor, **kwargs: Any) -> BaseModelOutputWithPooling:
         """Embed tiles.
@@ -787,6 +814,7 @@ class MonoInternVLModel(MonoInternVLPreTrainedModel):
             return None, keep, check
         return make_routing_plan(mask, count), keep, check
 
+    @checked_keywords
     @can_return_tuple
     def forward(
         self,
@@ -801,6 +829,7 @@ class MonoInternVLModel(MonoInternVLPreTrainedModel):
         mm_token_type_ids: torch.Tensor | None = None,
         use_cache: bool | None = None,
         keep: int | None = None,
+        cache: Any = None,
         **kwargs: Any,
     ) -> MonoInternVLModelOutputWithPast:
         """See `MonoInternVLForCausalLM.forward`. `mm_token_type_ids` is accepted because processors and engines pass
@@ -832,7 +861,7 @@ class MonoInternVLModel(MonoInternVLPreTrainedModel):
         outputs = self.language_model(
             attention_mask=attention_mask,
             position_ids=position_ids,
-            past_key_values=past_key_values,
+            cache=one_cache(cache, past_key_values),
             inputs_embeds=inputs_embeds,
             use_cache=use_cache,
             routing=routing,
@@ -842,14 +871,14 @@ class MonoInternVLModel(MonoInternVLPreTrainedModel):
         )
         return MonoInternVLModelOutputWithPast(
             last_hidden_state=outputs.last_hidden_state,
-            past_key_values=outputs.past_key_values,
             hidden_states=outputs.hidden_states,
             attentions=outputs.attentions,
             image_hidden_states=rows,
+            **{CACHE: cache_of(outputs)},
         )
 
 
-class MonoInternVLForCausalLM(MonoInternVLPreTrainedModel, GenerationMixin):
+class MonoInternVLForCausalLM(MonoInternVLChatMixin, MonoInternVLGenerationMixin, MonoInternVLPreTrainedModel):
     """Mono-InternVL with its output head, `generate` and `chat`."""
 
     _tied_weights_keys = {"lm_head.weight": "model.language_model.embed_tokens.weight"}
@@ -861,7 +890,6 @@ class MonoInternVLForCausalLM(MonoInternVLPreTrainedModel, GenerationMixin):
         super().__init__(config)
         self.model = MonoInternVLModel(config)
         self.lm_head = nn.Linear(config.text_config.hidden_size, config.text_config.vocab_size, bias=False)
-        self._processor: Any = None
         self.post_init()
 
     def get_input_embeddings(self) -> nn.Module:
@@ -882,6 +910,7 @@ class MonoInternVLForCausalLM(MonoInternVLPreTrainedModel, GenerationMixin):
     def set_decoder(self, decoder: nn.Module) -> None:
         self.model.set_decoder(decoder)
 
+    @checked_keywords
     def get_image_features(self, pixel_values: torch.Tensor, **kwargs: Any) -> BaseModelOutputWithPooling:
         """See `MonoInternVLModel.get_image_features`."""
         return self.model.get_image_features(pixel_values, **kwargs)
@@ -925,6 +954,48 @@ class MonoInternVLForCausalLM(MonoInternVLPreTrainedModel, GenerationMixin):
 
     # ---- forward
 
+    def _loss(
+        self,
+        logits: torch.Tensor,
+        labels: torch.Tensor | None,
+        num_items_in_batch: torch.Tensor | int | None = None,
+        shift_labels: torch.Tensor | None = None,
+        ignore_index: int = -100,
+        **kwargs: Any,
+    ) -> torch.Tensor:
+        """Mean cross-entropy of the next token over the targets that are no placeholders.
+
+        Collators that know nothing of visual tokens leave placeholders among the labels, and whoever counts the targets
+        of a step (`num_items_in_batch`) counts them too. The count is lowered by their share in this call: exact where
+        the call holds the whole step, and for several micro-batches a mean of their means by the targets counted.
+        """
+        image_token, vocab_size = self.config.image_token_id, self.config.text_config.vocab_size
+        if labels is not None and labels.shape[-1] != logits.shape[-2]:
+            raise ValueError(
+                f"labels of {labels.shape[-1]} positions for logits of {logits.shape[-2]}: with labels, leave "
+                "logits_to_keep at 0"
+            )
+        given = labels[..., 1:] if shift_labels is None else shift_labels  # type: ignore[index]
+        placeholders = given.eq(image_token)
+        if num_items_in_batch is not None:
+            counted = (given != ignore_index).sum()
+            share = (counted - placeholders.sum()) / counted.clamp(min=1)
+            num_items_in_batch = (torch.as_tensor(num_items_in_batch, device=share.device) * share).clamp(min=1e-6)
+        if shift_labels is None:
+            labels = labels.masked_fill(labels.eq(image_token), ignore_index)  # type: ignore[union-attr]
+        else:
+            shift_labels = shift_labels.masked_fill(shift_labels.eq(image_token), ignore_index)
+        return self.loss_function(
+            logits=logits,
+            labels=labels,
+            vocab_size=vocab_size,
+            num_items_in_batch=num_items_in_batch,
+            shift_labels=shift_labels,
+            ignore_index=ignore_index,
+            **kwargs,
+        )
+
+    @checked_keywords
     @can_return_tuple
     def forward(
         self,
@@ -940,6 +1011,7 @@ class MonoInternVLForCausalLM(MonoInternVLPreTrainedModel, GenerationMixin):
         labels: torch.Tensor | None = None,
         use_cache: bool | None = None,
         logits_to_keep: int | torch.Tensor = 0,
+        cache: Any = None,
         **kwargs: Any,
     ) -> MonoInternVLCausalLMOutputWithPast:
         """Patches and ids to logits.
@@ -950,7 +1022,8 @@ class MonoInternVLForCausalLM(MonoInternVLPreTrainedModel, GenerationMixin):
             position_ids: int64 [B, T]; default counts from the cache's length.
             pixel_values: [tiles, P, 3*28*28] or [tiles, 3, S, S] of all rows, in order; zero tiles are allowed; float
                 normalised, or uint8, normalised here.
-            labels: int64 [B, T], -100 is ignored; shifted here.
+            labels: int64 [B, T], -100 is ignored, and so are placeholders: nothing is to be learnt about where a
+                visual token comes. Shifted here; `shift_labels` are taken as they are.
             visual_token_mask: bool [B, T] of the current input: which tokens go to the visual experts. Derived from
                 the placeholders when pixels are given; needed only with `inputs_embeds`.
             mm_encoder_outputs: `{"image": get_image_features(...)}`, instead of `pixel_values`.
@@ -968,7 +1041,7 @@ class MonoInternVLForCausalLM(MonoInternVLPreTrainedModel, GenerationMixin):
             input_ids=input_ids,
             attention_mask=attention_mask,
             position_ids=position_ids,
-            past_key_values=past_key_values,
+            cache=one_cache(cache, past_key_values),
             inputs_embeds=inputs_embeds,
             pixel_values=pixel_values,
             visual_token_mask=visual_token_mask,
@@ -980,198 +1053,16 @@ class MonoInternVLForCausalLM(MonoInternVLPreTrainedModel, GenerationMixin):
         kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
         logits = self.lm_head(outputs.last_hidden_state[:, kept])
         loss = None
-        if labels is not None:
-            vocab_size = self.config.text_config.vocab_size
-            loss = self.loss_function(logits=logits, labels=labels, vocab_size=vocab_size, **kwargs)
+        if labels is not None or kwargs.get("shift_labels") is not None:
+            loss = self._loss(logits, labels, **kwargs)
         return MonoInternVLCausalLMOutputWithPast(
             loss=loss,
             logits=logits,
-            past_key_values=outputs.past_key_values,
             hidden_states=outputs.hidden_states,
             attentions=outputs.attentions,
             image_hidden_states=outputs.image_hidden_states,
+            **{CACHE: cache_of(outputs)},
         )
-
-    # ---- generation
-
-    def generate(self, inputs=None, generation_config=None, logits_processor=None, **kwargs):  # type: ignore[no-untyped-def,override]
-        """As in transformers; never emits `<IMG_CONTEXT>`, `<img>` or `</img>`."""
-        stops = kwargs.get("eos_token_id", (generation_config or self.generation_config).eos_token_id)
-        stops = set(stops if isinstance(stops, list) else [stops])
-        image_token = self.config.image_token_id
-        forbidden = [token for token in (image_token - 2, image_token - 1, image_token) if token not in stops]
-        processors = LogitsProcessorList(logits_processor or [])
-        processors.append(SuppressTokensLogitsProcessor(forbidden, device=str(self.device)))
-        # transformers would encode a picture that is explicitly None.
-        kwargs = {name: value for name, value in kwargs.items() if name != "pixel_values" or value is not None}
-        return super().generate(  # type: ignore[misc]
-            inputs, generation_config=generation_config, logits_processor=processors, **kwargs
-        )
-
-    def prepare_inputs_for_generation(  # type: ignore[no-untyped-def,override]
-        self, input_ids, inputs_embeds=None, is_first_iteration=False, **kwargs
-    ):
-        mask = kwargs.pop("visual_token_mask", None)
-        inputs = super().prepare_inputs_for_generation(  # type: ignore[misc]
-            input_ids, inputs_embeds=inputs_embeds, is_first_iteration=is_first_iteration, **kwargs
-        )
-        if mask is not None and (is_first_iteration or not kwargs.get("use_cache", True)):
-            current = inputs["inputs_embeds"] if inputs.get("inputs_embeds") is not None else inputs["input_ids"]
-            # Without a cache the sequence grows by text; with one, only its uncached end is this call's input.
-            grown = max(current.shape[1] - mask.shape[1], 0)
-            inputs["visual_token_mask"] = F.pad(mask, (0, grown))[:, -current.shape[1] :]
-        return inputs
-
-    def _expand_inputs_for_generation(self, expand_size=1, is_encoder_decoder=False, input_ids=None, **model_kwargs):  # type: ignore[no-untyped-def]
-        """Beams and several sequences: repeat each row's tiles as a group, in the order of the repeated rows."""
-        pixels, encoded = model_kwargs.pop("pixel_values", None), model_kwargs.pop("mm_encoder_outputs", None)
-        embeds, mask = model_kwargs.get("inputs_embeds"), model_kwargs.get("visual_token_mask")
-        if expand_size > 1 and (pixels is not None or encoded):
-            if mask is None:
-                ids = None if input_ids is None or input_ids.shape[1] == 0 else input_ids
-                mask = self.model.get_placeholder_mask(ids, embeds)
-            tokens_per_row = mask.sum(-1).tolist()
-            if pixels is not None:
-                pixels = patchify(pixels) if pixels.dim() == 4 else pixels
-                pixels = _repeat_groups(pixels, [n // pixels.shape[1] for n in tokens_per_row], expand_size)
-            if encoded and encoded.get("image") is not None:
-                image = copy.copy(encoded["image"])
-                rows = image.pooler_output
-                rows = torch.cat([row.reshape(-1, row.shape[-1]) for row in rows])
-                image["pooler_output"] = _repeat_groups(rows, tokens_per_row, expand_size).unsqueeze(0)
-                image["last_hidden_state"] = None
-                encoded = {**encoded, "image": image}
-        input_ids, model_kwargs = super()._expand_inputs_for_generation(  # type: ignore[misc]
-            expand_size=expand_size, is_encoder_decoder=is_encoder_decoder, input_ids=input_ids, **model_kwargs
-        )
-        if pixels is not None:
-            model_kwargs["pixel_values"] = pixels
-        if encoded is not None:
-            model_kwargs["mm_encoder_outputs"] = encoded
-        return input_ids, model_kwargs
-
-    def _prefill(self, input_ids, generation_config, model_kwargs, *args, **kwargs):  # type: ignore[no-untyped-def]
-        has_images = model_kwargs.get("pixel_values") is not None or model_kwargs.get("mm_encoder_outputs")
-        can_slice = hasattr(generation_utils, "_slice_mm_encoder_output")
-        if generation_config.prefill_chunk_size is not None and has_images and not can_slice:
-            raise ValueError(
-                "prefill_chunk_size with pictures needs transformers >= 5.23; older ones give each chunk all pictures"
-            )
-        return super()._prefill(input_ids, generation_config, model_kwargs, *args, **kwargs)  # type: ignore[misc]
-
-    # ---- chat
-
-    @torch.no_grad()
-    def chat(
-        self,
-        images: Any,
-        prompt: str,
-        *,
-        history: list[tuple[str, str]] | None = None,
-        return_history: bool = False,
-        max_tiles: int | None = None,
-        streamer: Any = None,
-        keep_grounding_tags: bool = False,
-        processor: Any = None,
-        **generate_kwargs: Any,
-    ) -> str | tuple[str, list[tuple[str, str]]]:
-        """Ask a question about pictures, or without any.
-
-        Args:
-            images: all pictures of the conversation in order: a PIL image, path, URL, array, a list of them, or None.
-            prompt: the question. `<image>` marks a picture's place; pictures without a mark go in front of it.
-            history: earlier (prompt, answer) pairs, as an earlier call returned them; prompts keep their marks.
-            return_history: also return the history with this turn; what is passed in is not changed.
-            max_tiles: most tiles of a picture; several pictures share them. Default: the processor's.
-            streamer: gets the answer as it grows: a `transformers` text streamer, or a callable that takes `str`.
-                Pieces are whole characters and join to the answer. A bare streamer (`put`, `end`) gets ids.
-            keep_grounding_tags: leave `<ref>` and `<box>` in the answer.
-            processor: default is the one that lies beside the weights.
-            **generate_kwargs: passed to `generate`; greedy with at most 1,024 new tokens by default.
-
-        Returns:
-            The answer up to `<|im_end|>`, stripped; with `return_history`, (answer, history).
-
-        Raises:
-            ValueError: empty prompt, marks and pictures that do not match, a conversation that is too long, float16.
-        """
-        if self.dtype == torch.float16:
-            raise ValueError(
-                "chat does not run in float16, in which activations overflow to NaN: use bfloat16 or float32"
-            )
-        if not isinstance(prompt, str) or not prompt.strip():
-            raise ValueError("the prompt is empty; ask something")
-        processor = processor or self._load_processor()
-        pictures = [] if images is None else list(images) if isinstance(images, (list, tuple)) else [images]
-        turns = [tuple(turn) for turn in history or []]
-        prompt = place_images(prompt, len(pictures) - sum(asked.count("<image>") for asked, _ in turns))
-        messages = processor.conversation([*turns, (prompt, None)], pictures)
-        inputs = processor.apply_chat_template(
-            messages,
-            tokenize=True,
-            return_dict=True,
-            return_tensors="pt",
-            add_generation_prompt=True,
-            **({} if max_tiles is None else {"processor_kwargs": {"max_tiles": max_tiles}}),
-        )
-        self._use_fast_dtype()
-        inputs = inputs.to(self.device, self.dtype)
-
-        options: dict[str, Any] = {"do_sample": False, "max_new_tokens": 1024, **generate_kwargs}
-        if generate_kwargs.get("generation_config") is not None:
-            options = dict(generate_kwargs)
-        elif options["do_sample"] is False:
-            # A checkpoint's sampling settings mean nothing here, and transformers would warn about them.
-            options = {"temperature": None, "top_p": None, "top_k": None, **options}
-        prompt_length = inputs["input_ids"].shape[1]
-        self._check_length(prompt_length, options.get("max_new_tokens") if "max_length" not in options else 0)
-        answer_text = processor.answer_decoder(keep_grounding_tags=keep_grounding_tags)
-        options.setdefault("eos_token_id", processor.stop_token_ids)
-        options.setdefault("pad_token_id", processor.tokenizer.pad_token_id)
-        if streamer is not None:
-            takes_text = callable(streamer) or hasattr(streamer, "on_finalized_text")
-            options["streamer"] = AnswerStreamer(streamer, answer_text) if takes_text else streamer
-        sequences = self.generate(**inputs, **options)
-        if not isinstance(sequences, torch.Tensor):
-            sequences = sequences.sequences
-        answer = answer_text(sequences[0, prompt_length:].tolist())
-        return (answer, [*turns, (prompt, answer)]) if return_history else answer  # type: ignore[list-item]
-
-    def _load_processor(self) -> Any:
-        """The processor of the folder or Hub id this model came from, loaded once."""
-        if self._processor is None:
-            from .processing_mono_internvl import MonoInternVLProcessor
-
-            if not self.config._name_or_path:
-                raise ValueError("this model was not loaded from a folder or the Hub: pass processor= to chat")
-            self._processor = MonoInternVLProcessor.from_pretrained(self.config._name_or_path)
-        return self._processor
-
-    def _check_length(self, prompt_length: int, new_tokens: int | None) -> None:
-        text = self.config.text_config
-        stretch = text.rope_parameters.get("factor", 1.0) if text.rope_parameters["rope_type"] == "dynamic" else 1.0
-        limit = int(text.max_position_embeddings * stretch)
-        if prompt_length >= limit:
-            raise ValueError(
-                f"the conversation has {prompt_length} tokens, more than this model's limit of {limit}; "
-                "shorten it or lower max_tiles"
-            )
-        if new_tokens and prompt_length + new_tokens > limit:
-            logger.info("the answer may reach the model's limit of %d tokens", limit)
-
-    def _use_fast_dtype(self) -> None:
-        """bfloat16 on a CPU without bfloat16 matrix units is about four times slower than float32: go up to float32."""
-        if self.device.type != "cpu" or self.dtype != torch.bfloat16 or cpu_has_bfloat16_units():
-            return
-        if getattr(self, "is_quantized", False) or getattr(self, "hf_device_map", None):
-            return
-        logger.info("this CPU has no bfloat16 matrix units: chat converts the model to float32")
-        self.float()
-
-
-def cpu_has_bfloat16_units() -> bool:
-    """Whether matrix products in bfloat16 are fast on this CPU (x86 AMX or AVX512-BF16)."""
-    return any(getattr(torch.cpu, name, bool)() for name in ("_is_amx_tile_supported", "_is_avx512_bf16_supported"))
 
 
 def spare(quantization: Any, modules: list[str]) -> Any:
@@ -1185,65 +1076,14 @@ def spare(quantization: Any, modules: list[str]) -> Any:
     return quantization
 
 
-def place_images(prompt: str, count: int) -> str:
-    """Put marks for `count` pictures in front of a prompt that has none; check the number if it has some.
-
-    Raises:
-        ValueError: naming both counts.
-    """
-    marks = prompt.count("<image>")
-    if count < 0 or (marks and marks != count):
-        raise ValueError(
-            f"{marks} <image> marks in the prompt, but {max(count, 0)} pictures for it; give as many as marks, "
-            "those of the history included"
-        )
-    if marks or count == 0:
-        return prompt
-    if count == 1:
-        return f"<image>\n{prompt}"
-    return "".join(f"Image-{i + 1}: <image>\n" for i in range(count)) + prompt
-
-
-def _repeat_groups(rows: torch.Tensor, sizes: list[int], times: int) -> torch.Tensor:
-    """Split [n, ...] into consecutive groups and repeat each group `times` times: a b -> a a b b."""
-    if sum(sizes) != rows.shape[0]:
-        raise ValueError(f"{rows.shape[0]} rows of pictures for {sum(sizes)} places in the input; they must match")
-    return torch.cat([group for group in rows.split(sizes) for _ in range(times)])
-
-
-class AnswerStreamer:
-    """Turns generated ids into pieces of the answer and hands them to the caller's streamer.
-
-    The pieces are whole characters and, joined, exactly what `chat` returns.
-    """
-
-    def __init__(self, target: Any, answer_text: Callable[[list[int], bool], str]):
-        self.target, self.answer_text = target, answer_text
-        self.ids: list[int] = []
-        self.sent = 0
-        self.prompt_seen = False
-
-    def put(self, value: torch.Tensor) -> None:
-        if not self.prompt_seen:
-            self.prompt_seen = True
-            return
-        self.ids.extend(value.reshape(-1).tolist())
-        self._send(self.answer_text(self.ids, True), end=False)
-
-    def end(self) -> None:
-        self._send(self.answer_text(self.ids, False), end=True)
-
-    def _send(self, text: str, end: bool) -> None:
-        # White space at the end is held back: the finished answer is stripped.
-        piece = text[self.sent :]
-        self.sent += len(piece)
-        if hasattr(self.target, "on_finalized_text"):
-            if piece or end:
-                self.target.on_finalized_text(piece, stream_end=end)
-        elif piece:
-            self.target(piece)
-
-
 MonoInternVLForCausalLM.register_for_auto_class("AutoModel")
 
-__all__ = ["MonoInternVLForCausalLM", "MonoInternVLModel", "MonoInternVLPreTrainedModel", "MonoInternVLTextModel"]
+__all__ = [
+    "AnswerStreamer",
+    "cpu_has_bfloat16_units",
+    "place_images",
+    "MonoInternVLForCausalLM",
+    "MonoInternVLModel",
+    "MonoInternVLPreTrainedModel",
+    "MonoInternVLTextModel",
+]

@@ -23,21 +23,20 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import jinja2
-import numpy as np
 import torch
 from transformers import AutoTokenizer, PreTrainedConfig
 from transformers.feature_extraction_utils import BatchFeature
 from transformers.processing_utils import MultiModalData, ProcessorMixin
 from transformers.utils.hub import cached_file
 
-from .image_processing_mono_internvl import MonoInternVLImageProcessor
+from .image_processing_mono_internvl import MonoInternVLImageProcessor, flatten_pictures
+from .prompt_mono_internvl import IMAGE_MARK, marked_parts
 
 
 logger = logging.getLogger(__name__)
 
 IMAGE_START, IMAGE_END, IMAGE_TOKEN = "<img>", "</img>", "<IMG_CONTEXT>"
 GROUNDING_TAGS = ("<quad>", "</quad>", "<ref>", "</ref>", "<box>", "</box>")
-IMAGE_MARK = "<image>"
 # Candidates for the marks around typed text: characters without a meaning of their own.
 _PRIVATE_USE = (range(0xE000, 0xF900), range(0xF0000, 0xFFFFE), range(0x100000, 0x10FFFE))
 
@@ -329,20 +328,20 @@ class MonoInternVLProcessor(ProcessorMixin):
     def conversation(turns: Sequence[tuple[str, str | None]], images: Sequence[Any]) -> list[dict[str, Any]]:
         """(prompt, answer) pairs, whose prompts mark pictures by `<image>`, to messages; an answer of None is left out.
 
+        Without pictures the mark is a word.
+
         Raises:
             ValueError: marks and pictures differ in number.
         """
         marks = sum(prompt.count(IMAGE_MARK) for prompt, _ in turns)
-        if marks != len(images):
+        if images and marks != len(images):
             raise ValueError(f"{marks} {IMAGE_MARK} marks for {len(images)} pictures; they must match")
-        left, messages = iter(images), []
+        left, messages = list(images), []
         for prompt, answer in turns:
-            first, *others = prompt.split(IMAGE_MARK)
-            # The leading text, even empty, says that the prompt sets its own line breaks.
-            parts: list[dict[str, Any]] = [{"type": "text", "text": first}]
-            for text in others:
-                parts += [{"type": "image", "image": next(left)}, {"type": "text", "text": text}]
-            messages.append({"role": "user", "content": parts})
+            count = prompt.count(IMAGE_MARK) if images else 0
+            content = marked_parts(prompt, left[:count])
+            left = left[count:]
+            messages.append({"role": "user", "content": content})
             if answer is not None:
                 messages.append({"role": "assistant", "content": [{"type": "text", "text": answer}]})
         return messages
@@ -376,8 +375,8 @@ class MonoInternVLProcessor(ProcessorMixin):
                 raise ValueError(
                     f"{len(images)} lists of pictures for {len(prompts)} prompts; give one list per prompt"
                 )
-            return [_flat(group or []) for group in images]
-        images = _flat(images)
+            return [flatten_pictures(group or []) for group in images]
+        images = flatten_pictures(images)
         if len(prompts) == 1:
             return [images]
         wanted = [sum(len(_runs(segment.text)) for segment in prompt) for prompt in prompts]
@@ -656,15 +655,6 @@ def _alternatives(table: dict[str, int]) -> re.Pattern[str]:
 
 def _runs(text: str) -> list[str]:
     return re.findall(f"(?:{re.escape(IMAGE_TOKEN)})+", text)
-
-
-def _flat(pictures: Any) -> list[Any]:
-    """Pictures in any nesting as one list; an array of four dimensions is several."""
-    if isinstance(pictures, (list, tuple)):
-        return [picture for item in pictures for picture in _flat(item)]
-    if isinstance(pictures, (np.ndarray, torch.Tensor)) and pictures.ndim == 4:
-        return list(pictures)
-    return [pictures]
 
 
 def _take_images(

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from transformers import TextIteratorStreamer
+from transformers import GenerationConfig, TextIteratorStreamer
 
 from conftest import tiny_model
 from mono_internvl.modeling_mono_internvl import cpu_has_bfloat16_units, place_images
@@ -108,8 +108,17 @@ def test_sampling_and_seeds(chat):
         (None, "  \n", None, "prompt is empty"),
         (RED, "<image> and <image>", None, "2 <image> marks in the prompt, but 1 pictures"),
         ([RED, BLUE], "<image> only", None, "1 <image> marks in the prompt, but 2 pictures"),
-        (None, "<image>?", None, "1 <image> marks in the prompt, but 0 pictures"),
-        (None, "More?", [("<image>\nWhat?", "red")], "give as many as marks"),
+        (RED, "More?", [("<image> <image>\nWhat?", "red")], "as many as"),
+        (RED, ["What?", "Where?"], None, "a list of str"),
+        (
+            RED,
+            [{"type": "image"}, {"type": "image"}, {"type": "text", "text": "Which?"}],
+            None,
+            "2 places .* 1 pictures",
+        ),
+        (RED, "Q", ("Hi", "hello"), "put this one pair into a list"),
+        (RED, "Q", [("a", "b", "c")], "pairs or of messages"),
+        (RED, "Q", [("a", None)], "has no answer"),
     ],
 )
 def test_what_is_refused(chat, images, prompt, history, message):
@@ -135,8 +144,108 @@ def test_marks():
     assert place_images(frames, 2) == frames
 
 
-def test_float32_where_bfloat16_is_slow(processor):
+def test_the_callers_model_stays_as_it_was(processor, monkeypatch):
     model = tiny_model(text_config={"vocab_size": len(processor.tokenizer)}).to(torch.bfloat16)
-    model.config.image_token_id = processor.image_token_id
+    model.config.image_token_id = model.model.config.image_token_id = processor.image_token_id
+    monkeypatch.setattr("mono_internvl.chat_mono_internvl.cpu_has_bfloat16_units", lambda: False)
+    model.train()
+    model.model.language_model.norm.eval()
+    before = {name: module.training for name, module in model.named_modules()}
     model.chat(None, "Hello", processor=processor, max_new_tokens=2)
-    assert model.dtype == (torch.bfloat16 if cpu_has_bfloat16_units() else torch.float32)
+    assert model.dtype == torch.bfloat16
+    assert {name: module.training for name, module in model.named_modules()} == before
+    assert isinstance(cpu_has_bfloat16_units(), bool)
+
+
+def test_training_mode_answers_as_evaluation(model, chat):
+    want = chat(RED, "What is it?", max_new_tokens=8)
+    model.train()
+    model.gradient_checkpointing_enable()
+    try:
+        assert chat(RED, "What is it?", max_new_tokens=8) == want
+        assert model.training
+    finally:
+        model.gradient_checkpointing_disable()
+        model.eval()
+
+
+def test_histories_of_both_forms(chat):
+    pairs = [("<image>\nWhich?", "a red one")]
+    messages = [
+        {"role": "user", "content": [{"type": "image"}, {"type": "text", "text": "\nWhich?"}]},
+        {"role": "assistant", "content": "a red one"},
+    ]
+    first, grown_pairs = chat([RED, BLUE], "And this?", history=pairs, return_history=True, max_new_tokens=8)
+    second, grown = chat([RED, BLUE], "And this?", history=messages, return_history=True, max_new_tokens=8)
+    assert first == second
+    assert grown_pairs == [*pairs, ("<image>\nAnd this?", first)]
+    assert grown[:2] == messages
+    assert grown[2:] == [
+        {"role": "user", "content": "<image>\nAnd this?"},
+        {"role": "assistant", "content": second},
+    ]
+
+
+def test_the_mark_is_a_word_without_pictures_and_in_parts(chat):
+    _, history = chat(None, "What does <image> do?", return_history=True, max_new_tokens=4)
+    assert history[0][0] == [{"type": "text", "text": "What does <image> do?"}]
+    # The word of the earlier turn stays one when a picture comes.
+    chat(RED, "And this?", history=history, max_new_tokens=4)
+    parts = [{"type": "image"}, {"type": "text", "text": "Turn this into an <image> tag."}]
+    _, history = chat(RED, parts, return_history=True, max_new_tokens=4)
+    assert history[0][0] == parts
+
+
+def test_frames_as_one_array(chat):
+    frames = np.stack([np.asarray(RED), np.asarray(BLUE.resize(RED.size))])
+    want = chat([RED, BLUE.resize(RED.size)], "Which?", max_new_tokens=6)
+    assert chat(frames, "Which?", max_new_tokens=6) == want
+    assert chat((frame for frame in frames), "Which?", max_new_tokens=6) == want
+
+
+@pytest.mark.parametrize(
+    ("options", "error", "message"),
+    [
+        ({"system_prompt": "x"}, TypeError, "system_prompt.*did you mean 'system'"),
+        ({"max_tile": 1}, TypeError, "max_tile.*did you mean 'max_tiles'"),
+        ({"return_dict_in_generate": True}, ValueError, "return_dict_in_generate"),
+        ({"num_return_sequences": 2}, ValueError, "num_return_sequences"),
+        ({"max_new_tokens": "64"}, ValueError, "max_new_tokens must be a whole number"),
+        ({"max_new_tokens": 0}, ValueError, "max_new_tokens must be a whole number"),
+        ({"temperature": 0.7, "do_sample": False}, ValueError, "temperature cannot matter"),
+        ({"temperature": 0, "do_sample": True}, ValueError, "temperature=0"),
+        ({"generation_config": {"max_new_token": 3}}, TypeError, "did you mean 'max_new_tokens'"),
+    ],
+)
+def test_an_option_is_honoured_or_refused(chat, options, error, message):
+    with pytest.raises(error, match=message):
+        chat(RED, "Q", **options)
+
+
+def test_options_that_work(chat):
+    greedy = chat(RED, "What is it?", max_new_tokens=8)
+    assert chat(RED, "What is it?", temperature=0, max_new_tokens=8) == greedy
+    assert chat(RED, "What is it?", generation_config={"max_new_tokens": 8}) == greedy
+    config = GenerationConfig(max_new_tokens=8)
+    before = config.to_dict()
+    assert chat(RED, "What is it?", generation_config=config) == greedy
+    assert config.to_dict() == before
+    chat(RED, "What is it?", stop_strings=["e"], max_new_tokens=8)
+    assert chat(RED, "What is it?", system="Be short.", max_new_tokens=8) != ""
+
+
+def test_the_released_way_of_calling_points_to_the_page(model, processor):
+    for call in (
+        lambda: model.chat(processor.tokenizer, None, "Hello", {"max_new_tokens": 2}),
+        lambda: model.batch_chat(processor.tokenizer, None, ["Hello"], {}),
+        lambda: model.extract_feature(torch.zeros(1, 3, 56, 56)),
+    ):
+        with pytest.raises(TypeError, match="legacy.md"):
+            call()
+
+
+def test_a_failure_ends_a_waiting_streamer(chat, processor):
+    streamer = TextIteratorStreamer(processor.tokenizer, timeout=10)
+    with pytest.raises(ValueError):
+        chat([RED, BLUE], "<image> only", streamer=streamer)
+    assert "".join(streamer) == ""

@@ -1,0 +1,527 @@
+"""`model.chat(images, prompt)`: pictures and a question in, an answer out.
+
+    conversation      history + prompt + pictures -> messages; says where each picture stands
+    generation        what a caller may say about it, checked by name
+    AnswerStreamer    generated ids -> pieces of the answer, for a caller who does not want to wait
+
+Nothing that is passed in is changed, consumed or kept: the model's dtype and mode, configurations, histories, files.
+"""
+
+import contextlib
+import copy
+import inspect
+import threading
+import weakref
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+import torch
+from transformers.generation.configuration_utils import GenerationConfig
+from transformers.generation.utils import GenerationMixin
+from transformers.utils import logging
+
+from .compat_mono_internvl import check_keywords
+from .image_processing_mono_internvl import flatten_pictures
+from .prompt_mono_internvl import IMAGE_MARK, marked_parts, place_images, read_messages
+
+
+logger = logging.get_logger(__name__)
+
+_LEGACY = "this is how the released code was called; docs/legacy.md says what to write instead"
+_SAMPLING = ("temperature", "top_p", "top_k", "min_p", "typical_p", "epsilon_cutoff", "eta_cutoff", "top_h")
+# What would make `generate` return more than `chat` can.
+_RICHER_OUTPUTS = (
+    "return_dict_in_generate",
+    "output_scores",
+    "output_logits",
+    "output_attentions",
+    "output_hidden_states",
+)
+
+History = list[tuple[Any, str]] | list[dict[str, Any]]
+
+
+class MonoInternVLChatMixin:
+    """`chat` for a model that has `generate`."""
+
+    @torch.no_grad()
+    def chat(
+        self,
+        images: Any,
+        prompt: str | list[dict[str, Any]],
+        *legacy: Any,
+        system: str | None = None,
+        history: Sequence[Any] | None = None,
+        return_history: bool = False,
+        max_tiles: int | None = None,
+        min_tiles: int | None = None,
+        use_thumbnail: bool | None = None,
+        max_pixels: int | None = None,
+        streamer: Any = None,
+        keep_grounding_tags: bool = False,
+        processor: Any = None,
+        generation_config: GenerationConfig | Mapping[str, Any] | None = None,
+        **generate_kwargs: Any,
+    ) -> str | tuple[str, History]:
+        """Ask a question about pictures, or without any.
+
+        Args:
+            images: all pictures of the conversation in order: anything `load_image` takes, a list of such, frames as
+                one array [frames, H, W, C] or tensor [frames, C, H, W], or None.
+            prompt: the question. In a string `<image>` marks a picture's place; pictures without a mark go in front of
+                it; without any picture the word is a word. A list of content parts (`{"type": "text", "text"}`,
+                `{"type": "image"}`) says itself where pictures stand and is never searched for marks.
+            system: the system prompt; default: the template's.
+            history: earlier (prompt, answer) pairs, or messages `{"role", "content"}`; as an earlier call returned it,
+                or your own. Prompts keep their marks.
+            return_history: also return the history with this turn, in the form it came in (pairs by default).
+            max_tiles, min_tiles, use_thumbnail, max_pixels: of the pictures, see the image processor; several pictures
+                share `max_tiles`. Default: the processor's.
+            streamer: gets the answer as it grows: a `transformers` text streamer, or a callable that takes `str`.
+                Pieces are whole characters and join to the answer. A bare streamer (`put`, `end`) gets ids. It is ended
+                also where the call fails.
+            keep_grounding_tags: leave `<ref>` and `<box>` in the answer.
+            processor: default is the one that lies where the weights came from.
+            generation_config, **generate_kwargs: as for `generate`; greedy with at most 1,024 new tokens by default. A
+                sampling option (temperature above 0, top_p, ..) asks for sampling; temperature 0 is greedy.
+
+        Returns:
+            The answer up to `<|im_end|>`, stripped; with `return_history`, (answer, history).
+
+        Raises:
+            TypeError: an unknown option (the nearest known one is named), or the released code's way of calling.
+            ValueError: empty prompt, marks and pictures that do not match, a history of another form, options that
+                contradict each other or that a text cannot answer, a conversation that is too long, float16.
+        """
+        with _ended_on_failure(streamer):
+            if legacy or hasattr(images, "convert_tokens_to_ids"):
+                raise TypeError(f"chat takes (images, prompt) and named options; {_LEGACY}")
+            self._check_dtype()
+            options = self._generation_options(generation_config, generate_kwargs)
+            processor = self._processor_for(processor)
+            pictures = [] if images is None else flatten_pictures(images)
+            turns, current, asked = conversation(prompt, pictures, history)
+            messages = [*turns, current]
+            if system is not None:
+                if not isinstance(system, str):
+                    raise ValueError(f"system must be a string, not {type(system).__name__}")
+                if any(message["role"] == "system" for message in messages):
+                    raise ValueError("the history has a system message already; leave system out")
+                messages = [{"role": "system", "content": system}, *messages]
+            image_options = {
+                "max_tiles": max_tiles,
+                "min_tiles": min_tiles,
+                "use_thumbnail": use_thumbnail,
+                "max_pixels": max_pixels,
+            }
+            inputs = processor.apply_chat_template(
+                messages,
+                tokenize=True,
+                return_dict=True,
+                return_tensors="pt",
+                add_generation_prompt=True,
+                processor_kwargs={name: value for name, value in image_options.items() if value is not None},
+            ).to(self._input_device(), self.dtype)  # type: ignore[attr-defined]
+
+            prompt_length = inputs["input_ids"].shape[1]
+            self._check_length(prompt_length, options)
+            answer_text = processor.answer_decoder(keep_grounding_tags=keep_grounding_tags)
+            for name, value in (
+                ("eos_token_id", processor.stop_token_ids),
+                ("pad_token_id", processor.tokenizer.pad_token_id),
+            ):
+                if getattr(options.get("generation_config"), name, None) is None:
+                    options.setdefault(name, value)
+            if options.get("stop_strings") is not None:
+                options.setdefault("tokenizer", processor.tokenizer)
+            if streamer is not None:
+                takes_text = callable(streamer) or hasattr(streamer, "on_finalized_text")
+                options["streamer"] = AnswerStreamer(streamer, answer_text) if takes_text else streamer
+            with evaluating(self):
+                sequences = self.generate(**inputs, **options)  # type: ignore[attr-defined]
+            answer = answer_text(sequences[0, prompt_length:].tolist())
+        if not return_history:
+            return answer
+        return answer, _grown_history(history, asked, answer)
+
+    def batch_chat(self, *args: Any, **kwargs: Any) -> None:
+        """The released code's name for several prompts at once.
+
+        Raises:
+            TypeError: always; it says where to read on.
+        """
+        raise TypeError(f"there is no batch_chat here: {_LEGACY}")
+
+    def extract_feature(self, *args: Any, **kwargs: Any) -> None:
+        """The released code's name for `get_image_features`.
+
+        Raises:
+            TypeError: always; it says where to read on.
+        """
+        raise TypeError(f"extract_feature is get_image_features here: {_LEGACY}")
+
+    def _check_dtype(self) -> None:
+        dtype, device = self.dtype, self.device  # type: ignore[attr-defined]
+        if dtype == torch.float16:
+            raise ValueError(
+                "chat does not run in float16, in which activations overflow to NaN: use bfloat16 or float32"
+            )
+        if device.type == "cpu" and dtype == torch.bfloat16 and not cpu_has_bfloat16_units():
+            logger.warning_once(
+                "this CPU has no bfloat16 matrix units, and chat is about four times faster here in float32: load the "
+                "model with dtype=torch.float32, or call model.float() if it may stay so"
+            )
+
+    def _generation_options(self, config: Any, given: dict[str, Any]) -> dict[str, Any]:
+        """What `generate` gets: the caller's options over a configuration's, over greedy with 1,024 tokens."""
+        known = set(vars(GenerationConfig())) | set(inspect.signature(GenerationMixin.generate).parameters)
+        known |= {"tokenizer", "assistant_tokenizer"}
+        known -= {"self", "inputs", "kwargs", "generation_config"}
+        own = set(inspect.signature(MonoInternVLChatMixin.chat).parameters) - {"self", "legacy", "generate_kwargs"}
+        check_keywords("chat", given, known | own)
+        options = dict(given)
+        if isinstance(config, Mapping):
+            check_keywords("generation_config", config, vars(GenerationConfig()))
+            options = {**config, **options}
+        elif isinstance(config, GenerationConfig):
+            options["generation_config"] = config = copy.deepcopy(config)
+        elif config is not None:
+            raise TypeError(f"generation_config must be a GenerationConfig or a dict, not {type(config).__name__}")
+        base = config if isinstance(config, GenerationConfig) else GenerationConfig()
+
+        def value_of(name: str) -> Any:
+            return options.get(name, getattr(base, name, None))
+
+        richer = [name for name in _RICHER_OUTPUTS if value_of(name)]
+        richer += [name for name in ("num_return_sequences",) if (value_of(name) or 1) > 1]
+        if richer:
+            raise ValueError(f"chat returns one answer as text and has no place for {', '.join(richer)}: use generate")
+        for name in ("max_new_tokens", "max_length"):
+            length = value_of(name)
+            if length is not None and (not isinstance(length, int) or isinstance(length, bool) or length < 1):
+                raise ValueError(f"{name} must be a whole number of at least 1, got {length!r}")
+        if value_of("max_new_tokens") is None and value_of("max_length") is None and value_of("max_time") is None:
+            options["max_new_tokens"] = 1024
+        return _sampling_decided(options, base)
+
+    def _processor_for(self, processor: Any) -> Any:
+        if processor is None:
+            processor = self._load_processor()
+        for name in ("apply_chat_template", "answer_decoder", "image_token_id"):
+            if not hasattr(processor, name):
+                raise TypeError(f"processor must be a MonoInternVLProcessor, not {type(processor).__name__}")
+        expected = self.config.image_token_id  # type: ignore[attr-defined]
+        if processor.image_token_id != expected:
+            raise ValueError(
+                f"<IMG_CONTEXT> is token {processor.image_token_id} of the processor, but the model looks for "
+                f"{expected}; load it with image_token_id={processor.image_token_id}, or give the model's own processor"
+            )
+        return processor
+
+    def _load_processor(self) -> Any:
+        """The processor of the folder or Hub id this model came from, loaded once."""
+        with _PROCESSOR_LOCK:
+            if self._processor is None:
+                from .processing_mono_internvl import MonoInternVLProcessor
+
+                places = self._processor_places()
+                if not places:
+                    raise ValueError("this model was not loaded from a folder or the Hub: pass processor= to chat")
+                for number, (place, options) in enumerate(places, start=1):
+                    try:
+                        self._processor = MonoInternVLProcessor.from_pretrained(place, **options)
+                        break
+                    except (OSError, ValueError):
+                        # A folder of adapters need not hold a processor; its base does.
+                        if number == len(places):
+                            raise
+            return self._processor
+
+    def _processor_places(self) -> list[tuple[str, dict[str, Any]]]:
+        """Where to look for the processor, with the options (revision, ..) that the weights were loaded with."""
+        if self._loaded_from:
+            return self._loaded_from
+        name = self.config._name_or_path  # type: ignore[attr-defined]
+        return [(name, {})] if name else []
+
+    # Set by `from_pretrained` and `_load_processor`.
+    _loaded_from: list[tuple[str, dict[str, Any]]] = []
+    _processor: Any = None
+
+    def _input_device(self) -> torch.device:
+        """Where inputs belong: with the embedding, which an offloading hook may run elsewhere than its weight lies."""
+        embedding = self.get_input_embeddings()  # type: ignore[attr-defined]
+        hook = getattr(embedding, "_hf_hook", None)
+        for one in getattr(hook, "hooks", None) or [hook]:
+            if getattr(one, "execution_device", None) is not None:
+                return torch.device(one.execution_device)  # type: ignore[union-attr]
+        device = next(embedding.parameters()).device
+        return torch.device("cpu") if device.type == "meta" else device
+
+    def _check_length(self, prompt_length: int, options: Mapping[str, Any]) -> None:
+        text = self.config.text_config  # type: ignore[attr-defined]
+        stretch = text.rope_parameters.get("factor", 1.0) if text.rope_parameters["rope_type"] == "dynamic" else 1.0
+        limit = int(text.max_position_embeddings * stretch)
+        if prompt_length >= limit:
+            raise ValueError(
+                f"the conversation has {prompt_length} tokens, more than this model's limit of {limit}; "
+                "shorten it or lower max_tiles"
+            )
+        longest = options.get("max_length")
+        if longest is not None and options.get("max_new_tokens") is None and prompt_length >= longest:
+            raise ValueError(
+                f"max_length={longest} counts the prompt, which has {prompt_length} tokens; give max_new_tokens instead"
+            )
+        if prompt_length + (options.get("max_new_tokens") or 0) > limit:
+            logger.info("the answer may reach the model's limit of %d tokens", limit)
+
+
+# ------------------------------------------------------------------------------------------------------ conversation
+
+
+def conversation(
+    prompt: str | list[dict[str, Any]], pictures: Sequence[Any], history: Sequence[Any] | None
+) -> tuple[list[dict[str, Any]], dict[str, Any], Any]:
+    """The messages before this turn and this turn's, every picture in its place; and this turn's prompt as a history
+    keeps it: marked, without the pictures that were given beside it.
+
+    Raises:
+        ValueError: the prompt is empty or neither a string nor parts; the history is neither pairs nor messages; places
+            and pictures differ in number (both are named).
+    """
+    messages = _history_messages(history)
+    if isinstance(prompt, str):
+        if not prompt.strip():
+            raise ValueError("the prompt is empty; ask something")
+    elif not isinstance(prompt, (list, tuple)) or not all(isinstance(part, Mapping) for part in prompt):
+        raise ValueError(
+            "the prompt must be a string or a list of content parts such as {'type': 'text', 'text': ...}, not "
+            + (
+                f"a list of {type(prompt[0]).__name__}"
+                if isinstance(prompt, (list, tuple)) and prompt
+                else repr(prompt)
+            )
+        )
+    (current,) = read_messages([{"role": "user", "content": prompt}])
+    if not _says_something(current["content"]):
+        raise ValueError("the prompt is empty; ask something")
+
+    left = list(pictures)
+    wanted = sum(_places(message, bool(left)) for message in messages)
+    own = _places(current, bool(left))
+    if isinstance(prompt, str) and left:
+        place_images(prompt, len(left) - wanted)  # it checks the number of marks
+    if own == 0 and len(left) > wanted:
+        own = len(left) - wanted
+        if not isinstance(current["content"], str):
+            # The same layout as in front of a string.
+            front: list[Any] = list(marked_parts("", left[wanted:]))
+            front = [{"type": "image"} if part["type"] == "image" else part for part in front]
+            current = {**current, "content": [*front, *current["content"]]}
+    if wanted + own != len(left):
+        raise ValueError(
+            f"{wanted + own} places for pictures in the conversation ({wanted} of them in the history), but "
+            f"{len(left)} pictures; images are all pictures of the conversation, as many as places"
+        )
+    filled = []
+    for message in messages:
+        count = _places(message, bool(pictures))
+        filled.append(_filled(message, left[:count]))
+        left = left[count:]
+    turn = _filled(current, left)
+    if not isinstance(prompt, str):
+        return filled, turn, current["content"]
+    if isinstance(turn["content"], str):
+        # Without a picture the word `<image>` is a word, and must stay one when a later turn brings pictures.
+        return filled, turn, [{"type": "text", "text": prompt}] if IMAGE_MARK in prompt else prompt
+    marked = (part["text"] if part["type"] == "text" else IMAGE_MARK for part in turn["content"])
+    return filled, turn, "".join(marked)
+
+
+def _history_messages(history: Sequence[Any] | None) -> list[dict[str, Any]]:
+    if history is None:
+        return []
+    if isinstance(history, (str, bytes, Mapping)) or not isinstance(history, Sequence):
+        raise ValueError(
+            f"history must be a list of (prompt, answer) pairs or of messages, not {type(history).__name__}"
+        )
+    if not history:
+        return []
+    if _is_pair(history) and all(isinstance(item, str) for item in history):
+        raise ValueError("history must be a list of (prompt, answer) pairs: put this one pair into a list")
+    pairs = [_is_pair(turn) for turn in history]
+    if not any(pairs):
+        if not all(isinstance(turn, Mapping) or hasattr(turn, "role") for turn in history):
+            raise ValueError(
+                "history must be a list of (prompt, answer) pairs or of messages {'role', 'content'}; "
+                f"its first entry is {str(history[0])[:80]!r}"
+            )
+        return read_messages(list(history))
+    messages: list[dict[str, Any]] = []
+    for number, (turn, is_pair) in enumerate(zip(history, pairs, strict=True), start=1):
+        if not is_pair:
+            raise ValueError(f"history mixes (prompt, answer) pairs with other things: entry {number} is no pair")
+        asked, answered = turn
+        if not isinstance(answered, str):
+            raise ValueError(f"turn {number} of the history has no answer: its second entry is {answered!r}, no string")
+        if not isinstance(asked, str) and not isinstance(asked, (list, tuple)):
+            raise ValueError(f"turn {number} of the history has no prompt: its first entry is {asked!r}, no string")
+        messages += [{"role": "user", "content": asked}, {"role": "assistant", "content": answered}]
+    return read_messages(messages)
+
+
+def _is_pair(turn: Any) -> bool:
+    return isinstance(turn, (list, tuple)) and len(turn) == 2 and not isinstance(turn[0], Mapping)
+
+
+def _says_something(content: Any) -> bool:
+    if isinstance(content, str):
+        return bool(content.strip())
+    return any(part["type"] != "text" or part["text"].strip() for part in content)
+
+
+def _places(message: dict[str, Any], marks_count: bool) -> int:
+    """Places for pictures that are given elsewhere: image parts that hold none, and in a user's string its marks."""
+    content = message["content"]
+    if isinstance(content, str):
+        return content.count(IMAGE_MARK) if marks_count and message["role"] == "user" else 0
+    return sum(part["type"] == "image" and "image" not in part for part in content or ())
+
+
+def _filled(message: dict[str, Any], pictures: list[Any]) -> dict[str, Any]:
+    """The message with its pictures in their places."""
+    content = message["content"]
+    if isinstance(content, str):
+        return {**message, "content": marked_parts(content, pictures)} if pictures else message
+    left = iter(pictures)
+    parts = [
+        {**part, "image": next(left)} if part["type"] == "image" and "image" not in part else part for part in content
+    ]
+    return {**message, "content": parts}
+
+
+def _grown_history(history: Sequence[Any] | None, asked: Any, answer: str) -> History:
+    """The history with this turn, in its form."""
+    given = list(history or [])
+    if given and not _is_pair(given[0]):
+        return [*given, {"role": "user", "content": asked}, {"role": "assistant", "content": answer}]
+    return [*(tuple(turn) for turn in given), (asked, answer)]
+
+
+# -------------------------------------------------------------------------------------------------------- generation
+
+
+def _sampling_decided(options: dict[str, Any], base: GenerationConfig) -> dict[str, Any]:
+    """Greedy unless sampling is asked for, by `do_sample` or by an option that only sampling has.
+
+    Raises:
+        ValueError: the options say both.
+    """
+
+    def value_of(name: str) -> Any:
+        # A configuration that says itself that it does not sample means its other settings to wait.
+        return options.get(name, None if base.do_sample is False else getattr(base, name, None))
+
+    asked = [name for name in _SAMPLING if value_of(name) is not None]
+    temperature, do_sample = value_of("temperature"), options.get("do_sample", base.do_sample)
+    if temperature is not None and not isinstance(temperature, (int, float)):
+        raise ValueError(f"temperature must be a number, got {temperature!r}")
+    if temperature == 0:
+        if do_sample:
+            raise ValueError("temperature=0 takes the likeliest tokens and do_sample=True samples: give one of them")
+        others = [name for name in asked if name != "temperature"]
+        if others:
+            raise ValueError(f"temperature=0 takes the likeliest tokens, so {', '.join(others)} cannot matter")
+        asked, do_sample = [], False
+    if asked and do_sample is False:
+        raise ValueError(f"do_sample=False takes the likeliest tokens, so {', '.join(asked)} cannot matter")
+    if asked or do_sample:
+        return {**options, "do_sample": True}
+    # A checkpoint's sampling settings mean nothing here, and transformers would warn about them.
+    return {**options, "do_sample": False, "temperature": None, "top_p": None, "top_k": None}
+
+
+_PROCESSOR_LOCK = threading.Lock()
+_MODES_LOCK = threading.Lock()
+# Models in training mode that are answering: how many answers are under way, and which modules to set back.
+_answering: "weakref.WeakKeyDictionary[torch.nn.Module, tuple[int, list[torch.nn.Module]]]" = (
+    weakref.WeakKeyDictionary()
+)
+
+
+@contextlib.contextmanager
+def evaluating(model: Any) -> Iterator[None]:
+    """Evaluation mode while a block runs; afterwards each module is in the mode it was in.
+
+    Several threads may be inside: the first one in switches, the last one out switches back.
+    """
+    with _MODES_LOCK:
+        count, trained = _answering.get(model, (0, []))
+        if count == 0:
+            trained = [module for module in model.modules() if module.training]
+            for module in trained:
+                module.training = False
+        _answering[model] = (count + 1, trained)
+    try:
+        yield
+    finally:
+        with _MODES_LOCK:
+            count, trained = _answering.pop(model)
+            if count > 1:
+                _answering[model] = (count - 1, trained)
+            else:
+                for module in trained:
+                    module.training = True
+
+
+def cpu_has_bfloat16_units() -> bool:
+    """Whether matrix products in bfloat16 are fast on this CPU (x86 AMX or AVX512-BF16)."""
+    return any(getattr(torch.cpu, name, bool)() for name in ("_is_amx_tile_supported", "_is_avx512_bf16_supported"))
+
+
+# ------------------------------------------------------------------------------------------------------------ streams
+
+
+@contextlib.contextmanager
+def _ended_on_failure(streamer: Any) -> Iterator[None]:
+    """A streamer that somebody waits for is ended where the call fails, too."""
+    try:
+        yield
+    except BaseException:
+        if hasattr(streamer, "end"):
+            with contextlib.suppress(Exception):
+                streamer.end()
+        raise
+
+
+class AnswerStreamer:
+    """Turns generated ids into pieces of the answer and hands them to the caller's streamer.
+
+    The pieces are whole characters and, joined, exactly what `chat` returns.
+    """
+
+    def __init__(self, target: Any, answer_text: Any):
+        self.target, self.answer_text = target, answer_text
+        self.ids: list[int] = []
+        self.sent = 0
+        self.prompt_seen = False
+
+    def put(self, value: torch.Tensor) -> None:
+        if not self.prompt_seen:
+            self.prompt_seen = True
+            return
+        self.ids.extend(value.reshape(-1).tolist())
+        self._send(self.answer_text(self.ids), end=False)
+
+    def end(self) -> None:
+        self._send(self.answer_text(self.ids), end=True)
+
+    def _send(self, text: str, end: bool) -> None:
+        # White space at the end is held back: the finished answer is stripped.
+        piece = text[self.sent :]
+        self.sent += len(piece)
+        if hasattr(self.target, "on_finalized_text"):
+            if piece or end:
+                self.target.on_finalized_text(piece, stream_end=end)
+        elif piece:
+            self.target(piece)

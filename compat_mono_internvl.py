@@ -1,0 +1,162 @@
+"""What differs between the versions of transformers that this model runs on, 5.17 to 5.24; each choice stands here.
+
+CACHE                 the key-value cache's name in outputs and masks: `past_key_values`, from 5.24 on `cache`
+cache_of, one_cache   the cache of an output, and of a call that may give it by either name
+causal_mask           `create_causal_mask` with the cache under the name that is wanted
+update_cache          writing keys and values, also into the paged cache of continuous batching
+check_keywords, checked_keywords
+                      an unknown keyword is an error that names the nearest known one, never swallowed
+"""
+
+import dataclasses
+import difflib
+import functools
+import inspect
+import re
+from collections.abc import Callable, Iterable
+from typing import Any
+
+import torch
+import transformers
+from transformers.cache_utils import Cache
+from transformers.masking_utils import create_causal_mask
+from transformers.modeling_outputs import BaseModelOutputWithPast
+from transformers.utils import logging
+from transformers.utils.generic import TransformersKwargs
+
+
+logger = logging.get_logger(__name__)
+
+NEWEST_TESTED = "5.24.0"
+
+_FIELDS = {field.name for field in dataclasses.fields(BaseModelOutputWithPast)}
+CACHE = "cache" if "cache" in _FIELDS else "past_key_values"
+
+# What continuous batching passes to a forward, by the names of all versions (its own TypedDict is not imported: it
+# brings the whole engine with it).
+PAGED_KEYWORDS = frozenset(
+    {
+        "cu_seq_lens_q",
+        "cu_seq_lens_k",
+        "max_length_q",
+        "max_length_k",
+        "max_seqlen_q",
+        "max_seqlen_k",
+        "read_index",
+        "write_index",
+        "logits_indices",
+        "block_table",
+        "logits_processor_args",
+        "is_causal",
+        "use_cache",
+        "cache",
+    }
+)
+# What transformers hands to a model whatever the model is: `TransformersKwargs`, the paged arguments, the ones its own
+# decorators read, and what its loss takes.
+FORWARD_KEYWORDS = frozenset(
+    {
+        *TransformersKwargs.__annotations__,
+        *PAGED_KEYWORDS,
+        *("return_dict", "debug_io", "debug_io_dir", "prune_layers", "shift_labels", "ignore_index", "kernel_options"),
+    }
+)
+
+
+def one_cache(cache: Any, past_key_values: Any) -> Any:
+    """The cache of a call that may name it either way.
+
+    Raises:
+        ValueError: both are given.
+    """
+    if cache is not None and past_key_values is not None and cache is not past_key_values:
+        raise ValueError("cache and past_key_values are two names of one thing; give one of them")
+    return past_key_values if cache is None else cache
+
+
+def cache_of(output: Any) -> Any:
+    """The cache in a model's output, without the deprecation warning of its older name."""
+    return getattr(output, CACHE)
+
+
+def causal_mask(config: Any, inputs_embeds: torch.Tensor, attention_mask: Any, cache: Any, position_ids: Any) -> Any:
+    """transformers' causal mask for the attention backend in `config`."""
+    if CACHE == "past_key_values" and not isinstance(cache, Cache):
+        cache = None  # a paged cache has masks of its own, and older versions do not know it here
+    return create_causal_mask(
+        config=config,
+        inputs_embeds=inputs_embeds,
+        attention_mask=attention_mask,
+        position_ids=position_ids,
+        **{CACHE: cache},
+    )
+
+
+def is_paged(cache: Any) -> bool:
+    """Whether this is continuous batching's cache, which belongs to several prompts of one row."""
+    return cache is not None and not isinstance(cache, Cache)
+
+
+def update_cache(
+    cache: Any, key: torch.Tensor, value: torch.Tensor, layer: int, kwargs: dict[str, Any]
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Write a layer's keys and values [B, kv_heads, T, D] and return all it holds, [B, kv_heads, S, D].
+
+    A paged cache reads and changes `kwargs`, which go on to the attention function. Before 5.24 that function does the
+    writing itself and finds the cache there.
+    """
+    if not is_paged(cache):
+        return cache.update(key, value, layer)
+    if CACHE == "past_key_values":
+        kwargs["cache"] = cache
+        return key, value
+    return cache.update(key, value, layer, kwargs=kwargs)
+
+
+def check_keywords(what: str, given: Iterable[str], allowed: Iterable[str]) -> None:
+    """Refuse keywords that nothing would read.
+
+    Raises:
+        TypeError: names each, the nearest that is known, and all that are.
+    """
+    known = sorted(name for name in allowed if not name.startswith("_"))
+    unknown = [name for name in given if name not in known]
+    if not unknown:
+        return
+    hints = []
+    for name in unknown:
+        close = difflib.get_close_matches(name, known, n=1)
+        hints.append(f"{name!r}" + (f" (did you mean {close[0]!r}?)" if close else ""))
+    # A list that nobody reads is left out.
+    listed = f"; allowed are {', '.join(known)}" if len(known) <= 40 else ""
+    raise TypeError(f"{what} got an unknown option {', '.join(hints)}{listed}")
+
+
+def checked_keywords(forward: Callable) -> Callable:
+    """Let a forward refuse what it would swallow: keywords that are neither its own nor `FORWARD_KEYWORDS`."""
+    known = frozenset(inspect.signature(forward).parameters) - {"self", "kwargs"} | FORWARD_KEYWORDS
+
+    @functools.wraps(forward)
+    def checked(self: Any, *args: Any, **kwargs: Any) -> Any:
+        if not known.issuperset(kwargs):
+            check_keywords(f"{type(self).__name__}.forward", kwargs, known)
+        return forward(self, *args, **kwargs)
+
+    return checked
+
+
+def _numbers(version: str) -> tuple[int, ...]:
+    found = re.match(r"(\d+)\.(\d+)\.?(\d*)", version)
+    return tuple(int(number or 0) for number in found.groups()) if found else ()
+
+
+def warn_if_untested(version: str = transformers.__version__) -> None:
+    """One warning where the installed transformers is newer than any that this model was tested with."""
+    if _numbers(version) > _numbers(NEWEST_TESTED):
+        logger.warning(
+            f"transformers {version} is newer than {NEWEST_TESTED}, the newest that Mono-InternVL was tested with; if "
+            f"answers look wrong, install transformers=={NEWEST_TESTED}"
+        )
+
+
+warn_if_untested()
