@@ -14,6 +14,14 @@ from transformers.configuration_utils import PreTrainedConfig
 
 
 VISUAL_ATTENTION_EXPERTS = ("none", "qkv", "qkvo")
+# Rope type -> the numbers that it needs. All but `dynamic` have the same frequencies at every length.
+ROPE_NUMBERS: dict[str, tuple[str, ...]] = {
+    "default": (),
+    "dynamic": ("factor",),
+    "linear": ("factor",),
+    "llama3": ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings"),
+    "yarn": ("factor", "original_max_position_embeddings"),
+}
 # Where remote code finds each class; `AutoModel` is the model that chats.
 AUTO_MAP = {
     "AutoConfig": "configuration_mono_internvl.MonoInternVLConfig",
@@ -26,6 +34,26 @@ AUTO_MAP = {
 }
 # One visual token covers 2 x 2 of the 14-px patches of the released model.
 PATCHES_PER_TOKEN_SIDE = 2
+
+
+def check_rope(parameters: dict[str, Any]) -> str:
+    """The rope type of `rope_parameters`.
+
+    Raises:
+        ValueError: a type that is not known, or a number that it needs is missing; names it and what is allowed.
+    """
+    kind = parameters.get("rope_type") or "default"
+    if parameters.get("partial_rotary_factor") not in (None, 1, 1.0):
+        raise ValueError(
+            f"text_config: partial_rotary_factor={parameters['partial_rotary_factor']} is not supported, only 1"
+        )
+    if kind not in ROPE_NUMBERS:
+        raise ValueError(f"text_config: rope type {kind!r} is not known; allowed are {', '.join(ROPE_NUMBERS)}")
+    for name in ROPE_NUMBERS[kind]:
+        value = parameters.get(name)
+        if isinstance(value, bool) or not isinstance(value, (int, float)) or value <= 0:
+            raise ValueError(f"text_config: rope type {kind} needs {name} as a positive number, not {value!r}")
+    return kind
 
 
 class MonoInternVLVisionConfig(PreTrainedConfig):
@@ -79,8 +107,8 @@ class MonoInternVLTextConfig(PreTrainedConfig):
         visual_attention_experts: which attention projections visual tokens have of their own (Mono-InternVL-1.5):
             `none` (v1), `qkv` or `qkvo`.
         drop_path_rate: stochastic depth of the residual branches while training, growing linearly with depth.
-        rope_parameters: `{"rope_type": "default" | "dynamic", "rope_theta": float, "factor": float}`; older files'
-            `rope_theta` and `rope_scaling` (null or dynamic) are folded into it.
+        rope_parameters: `{"rope_type", "rope_theta"}` and what the type needs (`ROPE_NUMBERS`); older files'
+            `rope_theta` and `rope_scaling` are folded into it.
     """
 
     model_type = "mono_internvl_text"
@@ -152,9 +180,11 @@ class MonoInternVLTextConfig(PreTrainedConfig):
         if not 0.0 <= self.drop_path_rate < 1.0:
             raise ValueError(f"text_config: drop_path_rate={self.drop_path_rate} must be in [0, 1)")
         super().__post_init__(**kwargs)
-        rope_type = (self.rope_parameters or {}).get("rope_type", "default")
-        if rope_type not in ("default", "dynamic"):
-            raise ValueError(f"text_config: rope type {rope_type!r} is not known; allowed are default and dynamic")
+        # Old files fill what they do not use with null.
+        rope = self.rope_parameters = dict(self.rope_parameters or {})
+        rope["rope_type"] = check_rope(rope)
+        if rope.get("rope_theta") is None:
+            rope["rope_theta"] = self.default_theta
         self.plan_visual_attention()
 
     def plan_visual_attention(self) -> None:

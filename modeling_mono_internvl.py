@@ -26,6 +26,7 @@ from transformers.activations import ACT2FN
 from transformers.cache_utils import Cache, DynamicCache
 from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.modeling_outputs import BaseModelOutputWithPast, BaseModelOutputWithPooling, CausalLMOutputWithPast
+from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS, PreTrainedModel
 from transformers.quantizers.auto import AutoQuantizationConfig
 from transformers.utils import logging
@@ -34,7 +35,12 @@ from transformers.utils.output_capturing import capture_outputs
 
 from .chat_mono_internvl import AnswerStreamer, MonoInternVLChatMixin, cpu_has_bfloat16_units
 from .compat_mono_internvl import CACHE, cache_of, causal_mask, checked_keywords, is_paged, one_cache, update_cache
-from .configuration_mono_internvl import MonoInternVLConfig, MonoInternVLTextConfig, MonoInternVLVisionConfig
+from .configuration_mono_internvl import (
+    MonoInternVLConfig,
+    MonoInternVLTextConfig,
+    MonoInternVLVisionConfig,
+    check_rope,
+)
 from .generation_mono_internvl import MonoInternVLGenerationMixin
 from .image_processing_mono_internvl import patchify
 from .prompt_mono_internvl import place_images
@@ -223,6 +229,8 @@ class MonoInternVLRMSNorm(nn.Module):
 class MonoInternVLRotaryEmbedding(nn.Module):
     """RoPE tables; dynamic NTK beyond `max_position_embeddings` without state, branches or a device sync.
 
+    Types whose frequencies are constants (linear, llama3, yarn) take transformers' own.
+
     base' = theta * (f * L / max - (f - 1)) ** (D / (D - 2)), L = largest position of the call + 1, cache included.
     """
 
@@ -232,12 +240,11 @@ class MonoInternVLRotaryEmbedding(nn.Module):
         super().__init__()
         self.config = config
         self.theta = float(config.rope_parameters["rope_theta"])
-        rope_type = config.rope_parameters.get("rope_type", "default")
-        if rope_type not in ("default", "dynamic"):
-            # The config refuses it too, but `rope_parameters` can be assigned later.
-            raise ValueError(f"text_config: rope type {rope_type!r} is not known; allowed are default and dynamic")
-        self.dynamic = rope_type == "dynamic"
+        # Checked by the config too, but `rope_parameters` can be assigned later.
+        self.rope_type = check_rope(config.rope_parameters)
+        self.dynamic = self.rope_type == "dynamic"
         self.factor = float(config.rope_parameters.get("factor", 1.0))
+        self.attention_scaling = 1.0
         self.register_buffer("inv_freq", self.initial_inv_freq(), persistent=False)
 
     def exponents(self, device: torch.device | None = None) -> torch.Tensor:
@@ -245,7 +252,10 @@ class MonoInternVLRotaryEmbedding(nn.Module):
         return torch.arange(0, dim, 2, dtype=torch.int64, device=device).float() / dim
 
     def initial_inv_freq(self) -> torch.Tensor:
-        return 1.0 / (self.theta ** self.exponents())
+        if self.rope_type in ("default", "dynamic"):
+            return 1.0 / (self.theta ** self.exponents())
+        inv_freq, self.attention_scaling = ROPE_INIT_FUNCTIONS[self.rope_type](self.config)
+        return inv_freq
 
     @torch.no_grad()
     def forward(self, x: torch.Tensor, position_ids: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
@@ -259,7 +269,10 @@ class MonoInternVLRotaryEmbedding(nn.Module):
             inv_freq = torch.where(length > limit, scaled, inv_freq.to(position_ids.device))
         angles = position_ids[..., None].float() * inv_freq.to(position_ids.device)
         angles = torch.cat((angles, angles), dim=-1)
-        return angles.cos().to(x.dtype), angles.sin().to(x.dtype)
+        cos, sin = angles.cos(), angles.sin()
+        if self.attention_scaling != 1.0:  # yarn's
+            cos, sin = cos * self.attention_scaling, sin * self.attention_scaling
+        return cos.to(x.dtype), sin.to(x.dtype)
 
 
 def rotate(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:

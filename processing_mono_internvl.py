@@ -804,6 +804,9 @@ def _load_tokenizer(path: str, **kwargs: Any) -> Any:
             f"{path} has only a tokenizer.model: install this package, or convert it once where it is installed: "
             f"mono-internvl tokenizer {model_file} {path}"
         ) from error
+    for name in ("tokenizer_config.json", "special_tokens_map.json", "added_tokens.json"):
+        # They lie beside it then, also from the Hub, and hold the tokens that fine-tuning added.
+        cached_file(path, name, _raise_exceptions_for_missing_entries=False, **options)
     logger.info("converting %s, which takes seconds; `mono-internvl tokenizer` does it once and for all", model_file)
     with tempfile.TemporaryDirectory() as folder:
         convert_tokenizer(model_file, folder)

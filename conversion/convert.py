@@ -32,6 +32,7 @@ logger = logging.getLogger(__name__)
 LAYOUTS = ("official", "native")
 # Code of the official layout lives in its own repository.
 _OFFICIAL_CODE = "OpenGVLab/Mono-InternVL-2B--"
+_OFFICIAL_ROPES = ("default", "linear", "dynamic")
 # Called alike in `llm_config` and in our `text_config`.
 _SHARED_KEYS = (
     "vocab_size",
@@ -175,6 +176,11 @@ def _check_official_can_hold(config: MonoInternVLConfig, folder: Path) -> None:
         raise ValueError(
             f"{folder} has visual attention experts ({config.visual_attention_experts}): the official layout has no "
             "place for them, there is no official checkpoint of Mono-InternVL-1.5"
+        )
+    kind = text.rope_parameters.get("rope_type", "default")
+    if kind not in _OFFICIAL_ROPES:
+        raise ValueError(
+            f"{folder}: the official layout's code knows no rope type {kind} (only {', '.join(_OFFICIAL_ROPES)})"
         )
     if text.head_dim * text.num_attention_heads != text.hidden_size:
         raise ValueError(

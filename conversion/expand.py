@@ -2,8 +2,9 @@
 
 - V-experts, and visual attention experts where asked for, are copies of the text ones, so that every token is computed
   as before, whichever experts it is routed to.
-- The vocabulary grows by nine tokens behind the old ones. New output rows are the mean of the old rows; new input rows
-  are drawn with a standard deviation of 0.02. (A matrix that is both gets the mean.)
+- The vocabulary grows by nine tokens behind the old ones, and by a pad token where the base has none. New output rows
+  are the mean of the old rows; new input rows are drawn with a standard deviation of 0.02. (A matrix that is both gets
+  the mean.)
 - Patch embedding, positions and projector are drawn with a standard deviation of 0.02, biases are 0, the projector's
   LayerNorm is the identity. All draws depend on `seed` and the tensor's name.
 """
@@ -18,6 +19,7 @@ import torch
 
 from ..configuration_mono_internvl import VISUAL_ATTENTION_EXPERTS, MonoInternVLConfig
 from .files import (
+    Extended,
     copy_licences,
     extended_tokenizer,
     save_generation_config,
@@ -25,7 +27,7 @@ from .files import (
     save_processor,
 )
 from .job import Job, Report
-from .plan import EMBEDDING, layout_name, plan_expansion
+from .plan import EMBEDDING, layout_name, plan_expansion, recipe
 from .source import Checkpoint, encoder_tensor, find_source, read_json, vision_kind
 from .verify import Differences, NativeView, compare_expansion
 from .writer import Progress, check_destination, expand_user, parse_size
@@ -39,8 +41,28 @@ _REQUIRED = (
     "intermediate_size",
     "num_hidden_layers",
     "num_attention_heads",
-    "num_key_value_heads",
 )
+# What the code of these architectures assumes where a file says nothing (transformers' LlamaConfig, InternLM2's and
+# InternLM3's own); ours assumes the released InternLM2-1.8B. InternLM2 pads with `</s>`.
+_ASSUMED = {
+    "num_key_value_heads": None,
+    "head_dim": None,
+    "hidden_act": "silu",
+    "max_position_embeddings": 2048,
+    "rms_norm_eps": 1e-6,
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+    "pad_token_id": None,
+    "tie_word_embeddings": False,
+}
+_ASSUMED_BY = {
+    "InternLM2ForCausalLM": {"pad_token_id": 2},
+    "InternLM3ForCausalLM": {"max_position_embeddings": 32768},
+}
+_ASSUMED_THETA = 10000.0
+# null means what no entry means, but for tokens, which a model may be without.
+_MAY_BE_NULL = ("bos_token_id", "eos_token_id", "pad_token_id", "head_dim")
+_BY_TYPE = {"internlm2": "InternLM2ForCausalLM", "internlm3": "InternLM3ForCausalLM", "llama": "LlamaForCausalLM"}
 
 
 def expand_checkpoint(
@@ -102,16 +124,20 @@ def expand_checkpoint(
     refuse_other_models(folder)
     with Checkpoint(folder) as dense:
         _refuse_vision_tensors(dense)
-        layout = DENSE_LAYOUTS[dense.config["architectures"][0]]
-        tokenizer, new_rows = extended_tokenizer(folder, dense.config["vocab_size"])
-        config = _expanded_config(dense, layout, new_rows, options)
-        plan = plan_expansion(config, dense, layout, new_rows=new_rows, dtype=DTYPES[dtype], seed=seed)
+        layout = DENSE_LAYOUTS[_architecture(dense.config)]
+        values = _read_dense(dense, layout)
+        ids = {role: values[role] for role in ("bos_token_id", "eos_token_id", "pad_token_id")}
+        if (folder / "generation_config.json").is_file():
+            ids["stops"] = read_json(folder / "generation_config.json").get("eos_token_id")
+        extended = extended_tokenizer(folder, layout, values["vocab_size"], {"stops": None, **ids})
+        config = _expanded_config(dense, layout, values, extended, options)
+        plan = plan_expansion(config, dense, layout, new_rows=extended.new_rows, dtype=DTYPES[dtype], seed=seed)
 
         def write_files(target: Path) -> None:
             save_native_config(config, target)
-            save_generation_config(config, tokenizer, target)
-            if tokenizer is not None:
-                save_processor(tokenizer, config, target)
+            save_generation_config(config, extended, target)
+            if extended.tokenizer is not None:
+                save_processor(extended, config, target)
             copy_licences(folder, target)
 
         def compare(made: Checkpoint) -> Differences:
@@ -130,20 +156,23 @@ def refuse_other_models(folder: Path) -> None:
     """Raise a ValueError that says what the folder holds, unless it is a dense decoder with all its dimensions."""
     path = folder / "config.json"
     values = read_json(path)
-    names = values.get("architectures") or [values.get("model_type") or "no architecture"]
+    name = _architecture(values)
     kind = vision_kind(values)
     allowed = ", ".join(DENSE_LAYOUTS)
     if kind:
         raise ValueError(f"{folder} is {kind}; expand takes a dense language model ({allowed})")
-    if names[0] not in DENSE_LAYOUTS:
-        raise ValueError(f"{path}: the architecture is {names[0]}; expand takes {allowed}")
+    if name not in DENSE_LAYOUTS:
+        raise ValueError(f"{path}: the architecture is {name}; expand takes {allowed}")
     missing = [name for name in _REQUIRED if not isinstance(values.get(name), int)]
+    for name in ("num_key_value_heads", "head_dim"):
+        if values.get(name) is not None and not isinstance(values[name], int):
+            missing.append(name)
     if missing:
         raise ValueError(f"{path}: {', '.join(missing)} must be given as whole numbers")
     unsupported = [name for name in ("mlp_bias", "quantization_config") if values.get(name)]
-    if values.get("qkv_bias", values.get("bias", False)) != values.get("bias", False):
+    if (values.get("qkv_bias", values.get("bias")) or False) != (values.get("bias") or False):
         unsupported.append("qkv_bias without bias")
-    if values.get("hidden_act", "silu") != "silu":
+    if (values.get("hidden_act") or "silu") not in ("silu", "swish"):
         unsupported.append(f"hidden_act {values['hidden_act']}")
     if unsupported:
         raise ValueError(f"{path}: {', '.join(unsupported)} is not supported")
@@ -158,14 +187,40 @@ def _refuse_vision_tensors(source: Checkpoint) -> None:
         )
 
 
-def _expanded_config(dense: Checkpoint, layout: str, new_rows: int, options: dict[str, Any]) -> MonoInternVLConfig:
-    values = dict(dense.config)
-    values["vocab_size"] += new_rows
-    # What these architectures assume where their file says nothing; ours assumes InternLM2's released values.
-    if "rope_parameters" not in values:
-        values.setdefault("rope_theta", 10000.0)
-    values.setdefault("rms_norm_eps", 1e-6)
-    values.setdefault("max_position_embeddings", 2048)
+def _architecture(values: dict[str, Any]) -> str:
+    """What the file names, or what its type means where it names none."""
+    kind = str(values.get("model_type") or "no architecture")
+    return (values.get("architectures") or [_BY_TYPE.get(kind, kind)])[0]
+
+
+def _read_dense(dense: Checkpoint, layout: str) -> dict[str, Any]:
+    """The source's configuration with what its architecture assumes where it says nothing or null."""
+    values = {name: value for name, value in dense.config.items() if value is not None or name in _MAY_BE_NULL}
+    values = {**_ASSUMED, **_ASSUMED_BY.get(_architecture(dense.config), {}), **values}
+    rope = values.get("rope_parameters")
+    if isinstance(rope, dict) and rope:
+        if rope.get("rope_theta") is None:
+            values["rope_parameters"] = {**rope, "rope_theta": values.get("rope_theta", _ASSUMED_THETA)}
+        values.pop("rope_theta", None)
+        values.pop("rope_scaling", None)
+    else:
+        values.pop("rope_parameters", None)
+        values.setdefault("rope_theta", _ASSUMED_THETA)
+    if values["num_key_value_heads"] is None:
+        values["num_key_value_heads"] = values["num_attention_heads"]
+    if values["hidden_act"] == "swish":
+        values["hidden_act"] = "silu"
+    if not {"bias", "attention_bias"} & values.keys():
+        bias = recipe("model.language_model.layers.0.self_attn.o_proj.bias", layout)[1]
+        values["attention_bias"] = bias in dense.tensors
+    return values
+
+
+def _expanded_config(
+    dense: Checkpoint, layout: str, values: dict[str, Any], extended: Extended, options: dict[str, Any]
+) -> MonoInternVLConfig:
+    ids = {role: token for role, token in extended.ids.items() if role in values}
+    values = {**values, **ids, "vocab_size": values["vocab_size"] + extended.new_rows}
     dtype = DTYPES[options["dtype"]]
     if dtype is None:
         embedding = dense.tensors.get(layout_name(EMBEDDING, layout))
@@ -179,7 +234,7 @@ def _expanded_config(dense: Checkpoint, layout: str, new_rows: int, options: dic
         return MonoInternVLConfig(
             llm_config=values,  # type: ignore[call-arg]
             vision_config={"hidden_size": options["vision_hidden_size"], "image_size": options["tile_size"]},
-            image_token_id=values["vocab_size"] - 7,
+            image_token_id=extended.image_token_id,
             visual_attention_experts=options["visual_attention_experts"],
             dtype=dtype,
         )

@@ -111,7 +111,7 @@ def _from_hub(repo: str, revision: str | None) -> Path:
         names = HfApi().list_repo_files(repo, revision=revision)
     except HfHubHTTPError:
         raise  # the Hub answered: no such repository, no such revision, no access
-    except (OSError, *_connection_errors()) as error:
+    except _unreachable() as error:
         asked, reason = f"{repo}@{revision}" if revision else repo, str(error).strip().split("\n")[0]
         try:
             folder = Path(snapshot_download(repo, revision=revision, local_files_only=True))
@@ -134,10 +134,10 @@ def _from_hub(repo: str, revision: str | None) -> Path:
     return Path(snapshot_download(repo, revision=revision, allow_patterns=[*_HUB_FILES, *weights]))
 
 
-def _connection_errors() -> tuple[type[Exception], ...]:
-    """What an unreachable Hub raises, by the client's library."""
+def _unreachable() -> tuple[type[Exception], ...]:
+    """What an unreachable Hub raises, by the client's library; offline mode is an OSError too."""
     by_module = (("httpx", "HTTPError"), ("requests", "RequestException"))
-    return tuple(getattr(sys.modules[module], name) for module, name in by_module if module in sys.modules)
+    return (OSError, *(getattr(sys.modules[module], name) for module, name in by_module if module in sys.modules))
 
 
 def adapter_settings(folder: Path) -> dict[str, Any] | None:

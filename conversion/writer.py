@@ -248,7 +248,7 @@ def naming(path: Path, folder: Path | None = None) -> Iterator[None]:
         ours = next((name for name in given if folder is not None and name.is_relative_to(folder)), None)
         if error.errno is None or (given and ours is None):
             raise
-        raise _named(ours or path, folder, error.errno, error.strerror) from error
+        raise _named(ours or path, folder, error.errno, error.strerror or str(error)) from error
     except Exception as error:
         # tokenizers raises bare Exceptions
         found = re.search(r"(.*)\(os error (\d+)\)", str(error))

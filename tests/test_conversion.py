@@ -10,13 +10,14 @@ import sys
 from pathlib import Path
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import torch
 from huggingface_hub import ModelCard
 from huggingface_hub.utils import filter_repo_objects
 from safetensors.torch import load_file, save_file
 from test_tokenization import small_model
-from tokenizers import Tokenizer
+from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
 from transformers import AutoModel, AutoProcessor, LlamaConfig, LlamaForCausalLM
 
 from conftest import ROOT, golden, load_golden, tiny_model
@@ -33,7 +34,7 @@ from mono_internvl.conversion import plan as plan_module
 from mono_internvl.conversion.publish import HfApi, files_left_out, files_to_publish
 from mono_internvl.conversion.source import Checkpoint
 from mono_internvl.conversion.verify import NativeView, embed, last_hidden_states
-from mono_internvl.tokenization import save_tokenizer, tokenizer_from_pieces
+from mono_internvl.tokenization import build_tokenizer, save_tokenizer, tokenizer_from_pieces
 from mono_internvl.tokenization.internlm2 import ADDED_TOKENS
 from mono_internvl.tokenization.sentencepiece_model import BYTE_PIECES, SPACE, Piece, PieceType
 
@@ -260,6 +261,107 @@ def test_llama_layout(tmp_path, architecture, tied, bias):
     torch.testing.assert_close(model.lm_head.weight[VOCABULARY:], mean, atol=1e-6, rtol=1e-5)
 
 
+LLAMA3 = {"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0}
+ROPES = {
+    "linear": {"type": "linear", "factor": 4.0},
+    "llama3": {**LLAMA3, "original_max_position_embeddings": 64},
+    "llama3, without its length": LLAMA3,
+    "both names": {**LLAMA3, "type": "llama3"},
+    "yarn": {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 64},
+    "nothing": {},
+    "null": None,
+}
+
+
+def make_llama(folder, keep=lambda values: values, read_back=True, **options):
+    """A random Llama saved by transformers, its configuration changed by `keep`; the model as transformers loads it."""
+    torch.manual_seed(0)
+    names = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads")
+    config = LlamaConfig(**{**{name: CONFIG[name] for name in names}, "num_key_value_heads": 2, **options})
+    llama = LlamaForCausalLM(config)
+    with torch.no_grad():
+        for parameter in llama.parameters():
+            parameter.normal_(std=0.2)
+    llama.save_pretrained(folder)
+    values = keep(json.loads((folder / "config.json").read_text()))
+    (folder / "config.json").write_text(json.dumps(values))
+    if not read_back:
+        return None
+    return LlamaForCausalLM.from_pretrained(folder, attn_implementation="eager").eval()
+
+
+def check_parity(folder, llama, length=200):
+    ids = torch.randint(VOCABULARY, (1, length), generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        after, before = load(folder)(ids, use_cache=False).logits, llama(ids, use_cache=False).logits
+    torch.testing.assert_close(after[..., :VOCABULARY], before, atol=1e-4, rtol=1e-4)
+
+
+@pytest.mark.parametrize("rope", ROPES)
+def test_rope_types_of_llama(tmp_path, rope):
+    """The old form of the files, and what they become, against transformers' own model."""
+
+    def old(values):
+        values.pop("rope_parameters", None)
+        return {**values, "rope_theta": 500.0, "rope_scaling": ROPES[rope], "max_position_embeddings": 256}
+
+    llama = make_llama(tmp_path / "llama", old)
+    expand_checkpoint(tmp_path / "llama", tmp_path / "out", **SMALL)
+    check_parity(tmp_path / "out", llama)
+    again = MonoInternVLForCausalLM.from_pretrained(tmp_path / "out")
+    again.save_pretrained(tmp_path / "again")
+    check_parity(tmp_path / "again", llama)
+    if again.config.text_config.rope_parameters["rope_type"] in ("llama3", "yarn"):
+        with pytest.raises(ValueError, match=r"knows no rope type (llama3|yarn) \(only default, linear, dynamic\)"):
+            convert_checkpoint(tmp_path / "out", tmp_path / "official", "official")
+    else:
+        convert_checkpoint(tmp_path / "out", tmp_path / "official", "official")
+        check_parity(tmp_path / "official", llama)
+
+
+OLD_KEYS = ("rope_parameters", "rope_theta", "rms_norm_eps", "max_position_embeddings", "head_dim", "hidden_act")
+OLD_KEYS += ("attention_bias", "mlp_bias", "tie_word_embeddings", "bos_token_id", "eos_token_id", "pad_token_id")
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda values: {name: value for name, value in values.items() if name not in OLD_KEYS},
+        lambda values: {**values, **dict.fromkeys(OLD_KEYS), "num_key_value_heads": None},
+        lambda values: {**values, "architectures": None, "pad_token_id": -1, "num_key_value_heads": 4},
+        lambda values: {**values, "rope_parameters": {"rope_type": "default"}, "num_key_value_heads": 4},
+    ],
+    ids=["keys absent", "keys null", "no architecture, pad -1", "rope without theta"],
+)
+def test_old_configurations_get_llama_s_defaults(tmp_path, change):
+    kept = change({"num_key_value_heads": 4})
+
+    def old(values):
+        values = change(values)
+        if "num_key_value_heads" not in kept or kept["num_key_value_heads"] is None:
+            values.pop("num_key_value_heads", None)
+        return values
+
+    folder = tmp_path / "llama"
+    make_llama(folder, num_key_value_heads=4, vocab_size=VOCABULARY)
+    values = old(json.loads((folder / "config.json").read_text()))
+    (folder / "config.json").write_text(json.dumps(values))
+    # transformers takes absence for its default, but stumbles over some nulls and a padding of -1.
+    told = {name: value for name, value in values.items() if value is not None and value != -1}
+    (tmp_path / "plain").mkdir()
+    shutil.copy(folder / "model.safetensors", tmp_path / "plain")
+    (tmp_path / "plain" / "config.json").write_text(json.dumps(told))
+    llama = LlamaForCausalLM.from_pretrained(tmp_path / "plain", attn_implementation="eager").eval()
+    expand_checkpoint(folder, tmp_path / "out", **SMALL)
+    check_parity(tmp_path / "out", llama)
+    text = load(tmp_path / "out").config.text_config
+    expected = llama.config
+    assert text.pad_token_id is None and text.num_key_value_heads == 4
+    assert text.rope_parameters["rope_theta"] == expected.rope_parameters["rope_theta"] == 10000.0
+    for name in ("rms_norm_eps", "max_position_embeddings"):
+        assert getattr(text, name) == getattr(expected, name)
+
+
 @pytest.mark.parametrize("experts", ["qkv", "qkvo"])
 def test_attention_experts_are_copies(tmp_path, dense, experts):
     report = expand_checkpoint(dense, tmp_path / "out", visual_attention_experts=experts, **SMALL)
@@ -380,6 +482,121 @@ def test_a_sentencepiece_file_is_converted_and_gaps_are_filled(tmp_path):
     check_it_chats(tmp_path / "out", VOCABULARY)
     tokenizer = Tokenizer.from_file(str(tmp_path / "out" / "tokenizer.json"))
     assert tokenizer.token_to_id("<|im_start|>") == 276 and tokenizer.token_to_id("<|reserved_277|>") == 277
+
+
+def byte_level(special=("<|begin|>", "<|end|>", "<|im_start|>", "<|im_end|>")) -> Tokenizer:
+    """Every id below 256 is a character of the text, as in Llama 3 and SmolLM."""
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    tokenizer = Tokenizer(models.BPE(vocab={character: i for i, character in enumerate(alphabet)}, merges=[]))
+    tokenizer.pre_tokenizer, tokenizer.decoder = pre_tokenizers.ByteLevel(add_prefix_space=False), decoders.ByteLevel()
+    tokenizer.add_special_tokens([AddedToken(name, special=True, normalized=False) for name in special])
+    return tokenizer
+
+
+@pytest.mark.parametrize(
+    ("config", "settings", "pad"),
+    [
+        ({}, {}, "<|pad|>"),
+        ({"pad_token_id": 2, "bos_token_id": 1, "eos_token_id": 2}, {}, "<|pad|>"),  # tokens of the text
+        ({"pad_token_id": 0, "bos_token_id": 256, "eos_token_id": [257, 259]}, {}, "<|pad|>"),
+        ({"pad_token_id": -1}, {}, "<|pad|>"),
+        ({"pad_token_id": 5000}, {"pad_token": None}, "<|pad|>"),
+        ({}, {"pad_token": "#"}, "<|pad|>"),
+        ({}, {"pad_token": "<|end|>"}, "<|end|>"),
+        ({"pad_token_id": 257}, {}, "<|end|>"),
+        ({"pad_token_id": 2}, {"pad_token": {"content": "<|mine|>"}}, "<|mine|>"),
+    ],
+)
+def test_padding_is_never_done_with_a_token_of_the_text(tmp_path, config, settings, pad):
+    tokenizer, text = byte_level(), '# "Title"!\n## Part #1'
+    size = tokenizer.get_vocab_size()
+    folder = tmp_path / "llama"
+    plain = {"vocab_size": size, "read_back": False}
+    make_llama(folder, lambda values: {**{k: v for k, v in values.items() if "token_id" not in k}, **config}, **plain)
+    tokenizer.save(str(folder / "tokenizer.json"))
+    (folder / "tokenizer_config.json").write_text(json.dumps(settings))
+    expand_checkpoint(folder, tmp_path / "out", **SMALL)
+    processor, model = AutoProcessor.from_pretrained(tmp_path / "out"), load(tmp_path / "out")
+    made, added = processor.tokenizer, pad not in ("<|end|>",)
+    assert made.pad_token == pad and made.pad_token_id == (size + 9 if added else 257)
+    assert model.config.text_config.vocab_size == len(made) == size + 9 + added
+    assert processor.image_token_id == model.config.image_token_id == size + 2
+    assert model.get_input_embeddings().padding_idx == model.config.text_config.pad_token_id == made.pad_token_id
+    assert model.generation_config.pad_token_id == made.pad_token_id
+    ids = made(text, add_special_tokens=False).input_ids
+    assert ids == tokenizer.encode(text).ids and made.decode(ids, skip_special_tokens=True) == text
+    model.train()(input_ids=torch.tensor([ids]), labels=torch.tensor([ids])).loss.backward()
+    gradient = model.get_input_embeddings().weight.grad
+    assert all(gradient[token].abs().sum() > 0 for token in set(ids[:-1]))
+    # Llama's defaults, 1 and 2, are tokens of this text.
+    named = [token for token in (257, 259) if token in np.ravel(config.get("eos_token_id", []))]
+    assert model.generation_config.eos_token_id == [*named, *(t for t in (259, 258) if t not in named)]
+    assert made.eos_token == ("<|end|>" if named else "<|im_end|>") and None not in processor.stop_token_ids
+    assert isinstance(model.eval().chat(None, "hello", max_new_tokens=1), str)
+
+
+def test_a_newer_tokenizer_json_and_gaps_between_ids(tmp_path):
+    """Tokens that lie behind a gap keep their ids; those that only `tokenizer_config.json` knows come along."""
+    tokenizer = byte_level()
+    content = json.loads(tokenizer.to_str())
+    for token in content["added_tokens"]:
+        if token["content"].startswith("<|im"):
+            token["id"] += 5
+    folder, size = tmp_path / "llama", tokenizer.get_vocab_size() + 6
+    make_llama(folder, vocab_size=size)
+    (folder / "tokenizer.json").write_text(json.dumps(content))
+    decoder = {"265": {"content": "<tool>", "special": False, "normalized": False}}
+    (folder / "tokenizer_config.json").write_text(
+        json.dumps({"added_tokens_decoder": decoder, "bos_token": "<|begin|>"})
+    )
+    generation = {"eos_token_id": [257, 264], "do_sample": False, "temperature": 0.6}
+    (folder / "generation_config.json").write_text(json.dumps(generation))
+    expand_checkpoint(folder, tmp_path / "out", **SMALL)
+    made = AutoProcessor.from_pretrained(tmp_path / "out").tokenizer
+    named = {"<|begin|>": 256, "<|end|>": 257, "<|reserved_258|>": 258, "<|im_start|>": 263, "<|im_end|>": 264}
+    named |= {"<tool>": 265, "<img>": 266, "</box>": 274, "<|pad|>": 275}
+    assert {name: made.convert_tokens_to_ids(name) for name in named} == named
+    assert made("a<tool>", add_special_tokens=False).input_ids[-1] == 265 and made.bos_token == "<|begin|>"
+    assert load(tmp_path / "out").generation_config.eos_token_id == [257, 264, 263]
+
+
+def test_tokens_added_to_an_internlm2_come_along(tmp_path):
+    """`tokenizer.model` splits the text, and what was added behind it stands in the newer `tokenizer.json`."""
+    source = write_dense(tmp_path / "dense", vocab_size=279)
+    (source / "tokenizer.model").write_bytes(small_model())
+    tokenizer = build_tokenizer(source / "tokenizer.model", added=("<|tool|>", "<seg>"))
+    save_tokenizer(tokenizer, source)
+    (source / "tokenizer_config.json").unlink()
+    expand_checkpoint(source, tmp_path / "out", **SMALL)
+    made = AutoProcessor.from_pretrained(tmp_path / "out").tokenizer
+    assert made.convert_tokens_to_ids(["<|tool|>", "<seg>", "<img>"]) == [277, 278, 279]
+    assert made.pad_token == "</s>" and made("a<seg>").input_ids == tokenizer.encode("a<seg>").ids
+    # A vocabulary that was changed is another one: then `tokenizer.json` is what counts.
+    content = json.loads(tokenizer.to_str())
+    content["model"]["vocab"]["zz"] = content["model"]["vocab"].pop("abc")
+    (source / "tokenizer.json").write_text(json.dumps({**content, "model": {**content["model"], "merges": []}}))
+    expand_checkpoint(source, tmp_path / "other", **SMALL)
+    assert AutoProcessor.from_pretrained(tmp_path / "other").tokenizer.convert_tokens_to_ids("zz") == 266
+
+
+def test_llama_s_own_tokenizer_gives_a_warning_and_no_processor(tmp_path, caplog):
+    folder = tmp_path / "llama"
+    make_llama(folder)
+    (folder / "tokenizer.model").write_bytes(small_model(reserved=(), normalizer=b""))
+    with pytest.raises(ValueError, match=r"tokenizer.model strips and joins spaces \(remove_extra_whitespaces\)"):
+        expand_checkpoint(folder, tmp_path / "out", **SMALL)
+    (folder / "tokenizer.model").write_bytes(small_model(reserved=(), normalizer=b"\x20\x00"))
+    expand_checkpoint(folder, tmp_path / "out", **SMALL)
+    assert "tokenizer.model lacks <|im_start|> and <|im_end|>" in caplog.text
+    assert not (tmp_path / "out" / "tokenizer.json").exists()
+    # With the tokens of a ChatML fine-tuning it is one of ours.
+    (folder / "added_tokens.json").write_text(json.dumps({"<|im_start|>": 271, "<|im_end|>": 272}))
+    expand_checkpoint(folder, tmp_path / "chat", **SMALL)
+    made = AutoProcessor.from_pretrained(tmp_path / "chat").tokenizer
+    assert made.convert_tokens_to_ids(["<|im_start|>", "<|im_end|>", "<img>"]) == [271, 272, VOCABULARY]
+    assert (
+        made.tokenize("ab") == [f"{SPACE}ab"] and made.decode(made("ab")["input_ids"], skip_special_tokens=True) == "ab"
+    )
 
 
 def test_without_a_tokenizer_there_is_one_warning(tmp_path, dense, caplog):
@@ -583,9 +800,15 @@ def test_tensors_that_do_not_fit(tmp_path):
     ("config", "message"),
     [
         ({"architectures": ["Qwen2ForCausalLM"]}, r"config.json: the architecture is Qwen2ForCausalLM; expand takes"),
-        ({"num_key_value_heads": "absent"}, r"config.json: num_key_value_heads must be given"),
+        ({"num_key_value_heads": "absent"}, r"attention.wqkv.weight in .* is \[128, 64\], not \[192, 64\]"),
+        ({"num_key_value_heads": "2"}, r"config.json: num_key_value_heads must be given as whole numbers"),
+        ({"hidden_size": "absent"}, r"config.json: hidden_size must be given"),
         ({"num_key_value_heads": 3}, r"config.json: .*num_key_value_heads=3"),
-        ({"rope_scaling": {"rope_type": "yarn", "factor": 4.0}}, r"config.json: .*'yarn' is not known"),
+        (
+            {"rope_scaling": {"rope_type": "longrope", "factor": 4.0}},
+            r"config.json: .*'longrope' is not known; allowed",
+        ),
+        ({"rope_scaling": {"rope_type": "llama3", "factor": 4.0}}, r"config.json: .*llama3 needs low_freq_factor as a"),
         ({"hidden_act": "gelu"}, r"config.json: hidden_act gelu is not supported"),
         (
             {"model_type": "intern_vit_6b", "architectures": ["InternVisionModel"]},

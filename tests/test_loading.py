@@ -212,7 +212,7 @@ def test_config_of_the_official_layout(tmp_path):
     [
         ({"visual_attention_experts": "kv"}, "none, qkv, qkvo"),
         ({"text_config": {"num_key_value_heads": 3}}, "multiple of num_key_value_heads=3"),
-        ({"text_config": {"rope_parameters": {"rope_type": "yarn", "factor": 2.0}}}, "yarn.*default and dynamic"),
+        ({"text_config": {"rope_parameters": {"rope_type": "longrope", "factor": 2.0}}}, "longrope.*default, dynamic"),
         ({"text_config": {"drop_path_rate": 1.5}}, "drop_path_rate=1.5"),
         ({"vision_config": {"image_size": 100}}, "image_size=100 must be a positive multiple of 28"),
     ],

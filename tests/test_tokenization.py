@@ -178,7 +178,6 @@ def test_reads_a_model_file(model_file: Path) -> None:
         (small_model(extra=_piece("<img>", -1, PieceType.NORMAL)), "<img>"),
         (small_model(extra=_piece("zz", -1, PieceType.UNUSED)), "UNUSED"),
         (small_model(reserved=("[UNUSED_TOKEN_141]",)), r"\[UNUSED_TOKEN_142\], .* are missing"),
-        (small_model(normalizer=_number(4, 0)), "add_dummy_prefix"),
         (small_model(normalizer=_number(3, 0)), "remove_extra_whitespaces"),
         (small_model(normalizer=_number(3, 0) + _number(4, 0) + _number(5, 0)), "escape_whitespaces"),
         (small_model(normalizer=_number(3, 0) + _number(4, 0) + _block(2, b"map")), "normaliser other than identity"),
@@ -215,6 +214,67 @@ def test_small_model(model_file: Path) -> None:
     assert tokenizer.encode(" ab abcc", add_special_tokens=False).tokens == [f"{SPACE}ab", f"{SPACE}ab", "cc"]
     assert tokenizer.encode("abc\u00e9", add_special_tokens=False).tokens == ["abc", "<0xC3>", "<0xA9>"]
     assert tokenizer.encode("a", "b").tokens == ["<s>", "a", "b"]
+
+
+def test_llama_s_prefix(tmp_path: Path) -> None:
+    """A space before the text, as SentencePiece puts it there, and none of its own when decoded."""
+    path = tmp_path / "tokenizer.model"
+    path.write_bytes(small_model(reserved=(), normalizer=_number(4, 0)))
+    tokenizer = build_tokenizer(path, added=("<|im_end|>",))
+    encode = lambda text: tokenizer.encode(text, add_special_tokens=False).tokens  # noqa: E731
+    assert encode("ab") == [f"{SPACE}ab"] and encode(" ab") == [SPACE, f"{SPACE}ab"] and encode("") == []
+    assert encode("b<|im_end|>ab") == [SPACE, "b", "<|im_end|>", f"{SPACE}ab"]
+    for text in ("ab ca", " a", "  b\n", "\u4f60 ab"):
+        assert tokenizer.decode(tokenizer.encode(text).ids) == text
+    tokenizer = build_tokenizer(path, added=("<|im_end|>",), prefix_every_text=False)
+    assert encode("ab<|im_end|>ab") == [f"{SPACE}ab", "<|im_end|>", "ab"]
+
+
+FINE_TUNED = {"<loc>": 286, "</loc>": 287}
+
+
+@pytest.mark.parametrize("form", ["added_tokens.json", "added_tokens_decoder", "tokenizer.json", "all, at odds"])
+def test_tokens_added_in_fine_tuning_keep_their_ids(tmp_path: Path, form: str) -> None:
+    """Behind 277 pieces and the nine, whichever file holds them; an official folder's `tokenizer.model` beside it."""
+    source = tmp_path / "source"
+    source.mkdir()
+    (source / "tokenizer.model").write_bytes(small_model())
+    every = {**{name: 277 + i for i, name in enumerate(ADDED)}, **FINE_TUNED}
+    entries = {str(i): {"content": name, "special": name != "</loc>", "normalized": False} for name, i in every.items()}
+    entries["3"] = {"content": "<0x00>", "special": False}
+    entries["276"] = {"content": "<|turn|>", "special": True}  # a piece that was renamed
+    if form == "added_tokens.json":
+        (source / form).write_text(json.dumps({**every, "<|turn|>": 276}))
+        special = {"additional_special_tokens": [name for name in every if name != "</loc>"]}
+        (source / "special_tokens_map.json").write_text(json.dumps({**special, "eos_token": {"content": "<|turn|>"}}))
+    if form in ("added_tokens_decoder", "all, at odds"):
+        settings = {"added_tokens_decoder": entries, "eos_token": "<|turn|>"}
+        (source / "tokenizer_config.json").write_text(json.dumps(settings))
+    if form == "all, at odds":
+        (source / "added_tokens.json").write_text(json.dumps({"<stale>": 286, "<loc>": 287}))
+    if form == "tokenizer.json":
+        added = [{"id": int(i), **entry} for i, entry in entries.items()]
+        (source / form).write_text(json.dumps({"added_tokens": added}))
+    convert_tokenizer(source / "tokenizer.model", tmp_path / "out")
+    tokenizer = AutoTokenizer.from_pretrained(tmp_path / "out")
+    assert {name: tokenizer.convert_tokens_to_ids(name) for name in every} == every
+    assert len(tokenizer) == 288 and tokenizer.convert_ids_to_tokens(276) == "<|turn|>"
+    assert tokenizer("a<loc>b</loc>", add_special_tokens=False).input_ids == [260, 286, 261, 287]
+    assert tokenizer.decode([260, 286, 287], skip_special_tokens=True) == "a</loc>"
+    assert tokenizer.eos_token == ("</s>" if form == "tokenizer.json" else "<|turn|>")
+
+
+def test_ids_that_no_file_names_are_reserved_and_collisions_are_named(tmp_path: Path) -> None:
+    (tmp_path / "tokenizer.model").write_bytes(small_model())
+    (tmp_path / "added_tokens.json").write_text(json.dumps({**{n: 277 + i for i, n in enumerate(ADDED)}, "<far>": 290}))
+    tokenizer = internlm2.tokenizer_of_model_file(tmp_path / "tokenizer.model")
+    assert tokenizer.token_to_id("<far>") == 290 and tokenizer.id_to_token(289) == "<|reserved_289|>"
+    (tmp_path / "added_tokens.json").write_text(json.dumps({"abc": 286}))
+    with pytest.raises(ValueError, match="the token abc should have the id 286"):
+        internlm2.tokenizer_of_model_file(tmp_path / "tokenizer.model")
+    (tmp_path / "added_tokens.json").write_text(json.dumps({"<far>": "x"}))
+    with pytest.raises(ValueError, match="added_tokens.json: .*'x' is not an added token"):
+        internlm2.tokenizer_of_model_file(tmp_path / "tokenizer.model")
 
 
 def test_renamed_and_added_tokens_can_be_chosen(model_file: Path) -> None:

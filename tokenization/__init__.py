@@ -1,6 +1,12 @@
 """From InternLM2's SentencePiece file to `tokenizer.json`, and the nano model's own tokenizer (`tokenization.nano`)."""
 
-from .internlm2 import build_tokenizer, convert_tokenizer, save_tokenizer, tokenizer_from_pieces
+from .internlm2 import (
+    build_tokenizer,
+    convert_tokenizer,
+    save_tokenizer,
+    tokenizer_from_pieces,
+    tokenizer_of_model_file,
+)
 from .sentencepiece_model import Piece, PieceType, SentencePieceModel, read_sentencepiece_model
 
 
@@ -13,4 +19,5 @@ __all__ = [
     "read_sentencepiece_model",
     "save_tokenizer",
     "tokenizer_from_pieces",
+    "tokenizer_of_model_file",
 ]

@@ -21,8 +21,9 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, processors
+from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors
 
+from .added_tokens import CONFIG, add_tokens, read_added_tokens, read_object, read_roles
 from .sentencepiece_model import SPACE, Piece, PieceType, SentencePieceModel, read_sentencepiece_model
 
 
@@ -61,25 +62,32 @@ def build_tokenizer(
     *,
     renamed: Mapping[str, str] | None = None,
     added: Sequence[str] | None = None,
+    prefix_every_text: bool = True,
     progress: Progress | None = None,
 ) -> Tokenizer:
-    """Builds the fast tokenizer of an InternLM2 SentencePiece model.
+    """Builds the fast tokenizer of an InternLM2 SentencePiece model, or of Llama's and Mistral's.
 
     Args:
         model_file: the `tokenizer.model`.
-        renamed: reserved piece -> special token that takes its id; default: `RENAMED_PIECES`.
+        renamed: reserved piece -> special token that takes its id; default: `RENAMED_PIECES`, and nothing for a
+            vocabulary that has none of them.
+        prefix_every_text: of a model that puts a space before the text (Llama's): also before text behind a control
+            token, as transformers' `legacy` tokenizers do; else only at the very beginning.
         added: special tokens that follow the vocabulary; default: `ADDED_TOKENS`. For a model of N pieces `<img>` is N.
         progress: called as `progress(done, total)` in pieces, once the work has lasted two seconds.
 
     Raises:
         FileNotFoundError: there is no such file.
-        ValueError: the file is not a SentencePiece BPE model with byte fallback, it rewrites the text (a dummy prefix,
-            a normaliser, whitespace stripping: not supported), a piece to rename is missing, or a name is taken.
+        ValueError: the file is not a SentencePiece BPE model with byte fallback, it rewrites the text (a normaliser,
+            whitespace stripping: not supported), a piece to rename is missing, or a name is taken.
     """
     model = read_sentencepiece_model(model_file)
     _check_text_is_kept(model, str(model_file))
+    if renamed is None and not any(piece.text in RENAMED_PIECES for piece in model.pieces):
+        renamed = {}
+    prefix = "" if not model.add_dummy_prefix else "every text" if prefix_every_text else "beginning"
     try:
-        return tokenizer_from_pieces(model.pieces, renamed=renamed, added=added, progress=progress)
+        return tokenizer_from_pieces(model.pieces, renamed=renamed, added=added, prefix=prefix, progress=progress)
     except ValueError as error:
         raise ValueError(f"{model_file}: {error}") from error
 
@@ -89,9 +97,12 @@ def tokenizer_from_pieces(
     *,
     renamed: Mapping[str, str] | None = None,
     added: Sequence[str] | None = None,
+    prefix: str = "",
     progress: Progress | None = None,
 ) -> Tokenizer:
     """Builds the tokenizer of a list of SentencePiece pieces; a piece's id is its place. Arguments as above.
+
+    `prefix`: where a space is put before the text: `every text`, `beginning`, or nowhere.
 
     Raises:
         ValueError: a piece occurs twice, is of a type that is not supported, is missing, or a new name is taken.
@@ -133,13 +144,21 @@ def tokenizer_from_pieces(
             byte_fallback=True,
         )
     )
-    tokenizer.normalizer = normalizers.Replace(" ", SPACE)
-    tokenizer.decoder = decoders.Sequence([decoders.Replace(SPACE, " "), decoders.ByteFallback(), decoders.Fuse()])
+    if prefix == "every text":
+        tokenizer.normalizer = normalizers.Sequence([normalizers.Prepend(SPACE), normalizers.Replace(" ", SPACE)])
+    elif prefix == "beginning":
+        tokenizer.pre_tokenizer = pre_tokenizers.Metaspace(replacement=SPACE, prepend_scheme="first", split=False)
+    else:
+        tokenizer.normalizer = normalizers.Replace(" ", SPACE)
+    decoding: list[Any] = [decoders.Replace(SPACE, " "), decoders.ByteFallback(), decoders.Fuse()]
+    tokenizer.decoder = decoders.Sequence([*decoding, decoders.Strip(" ", 1, 0)] if prefix else decoding)
     # special tokens are matched in the text as typed, user-defined pieces in the normalised text, as SentencePiece does
-    specials = [UNK_TOKEN, BOS_TOKEN, EOS_TOKEN, *renamed.values(), *added]
+    control = [p.text for p in pieces if p.type == PieceType.CONTROL and p.text not in renamed]
+    specials = dict.fromkeys([UNK_TOKEN, BOS_TOKEN, EOS_TOKEN, *control, *renamed.values(), *added])
     tokenizer.add_special_tokens([AddedToken(name, special=True, normalized=False) for name in specials])
     user_defined = [p.text for p in pieces if p.type == PieceType.USER_DEFINED and p.text not in renamed]
-    tokenizer.add_tokens([AddedToken(text, special=False, normalized=True) for text in user_defined])
+    # a prefix would become a part of them
+    tokenizer.add_tokens([AddedToken(text, special=False, normalized=not prefix) for text in user_defined])
     tokenizer.post_processor = processors.TemplateProcessing(
         single=f"{BOS_TOKEN} $A", pair=f"{BOS_TOKEN} $A $B:1", special_tokens=[(BOS_TOKEN, ids[BOS_TOKEN])]
     )
@@ -147,7 +166,11 @@ def tokenizer_from_pieces(
 
 
 def save_tokenizer(
-    tokenizer: Tokenizer, folder: str | os.PathLike[str], *, model_max_length: int | None = None
+    tokenizer: Tokenizer,
+    folder: str | os.PathLike[str],
+    *,
+    model_max_length: int | None = None,
+    roles: Mapping[str, str] | None = None,
 ) -> tuple[Path, Path]:
     """Writes `tokenizer.json` and `tokenizer_config.json`, so that `AutoTokenizer.from_pretrained(folder)` loads them.
 
@@ -155,6 +178,7 @@ def save_tokenizer(
         tokenizer: as made by `build_tokenizer`.
         folder: made if it does not exist.
         model_max_length: the longest input in tokens, beyond which transformers warns; default: no limit.
+        roles: `bos_token` and the like, where they are not InternLM2's (padding is done with `</s>`).
 
     Returns:
         The two paths.
@@ -167,15 +191,20 @@ def save_tokenizer(
     if not any(" " in left or " " in right or left.startswith("#version") for left, right in pairs):
         content["model"]["merges"] = [f"{left} {right}" for left, right in pairs]
 
-    base = {UNK_TOKEN, BOS_TOKEN, EOS_TOKEN}
-    added = sorted(tokenizer.get_added_tokens_decoder().items())
-    config: dict[str, Any] = {
-        "tokenizer_class": "TokenizersBackend",
+    base = {
         "bos_token": BOS_TOKEN,
         "eos_token": EOS_TOKEN,
         "pad_token": EOS_TOKEN,
         "unk_token": UNK_TOKEN,
-        "extra_special_tokens": [token.content for _, token in added if token.special and token.content not in base],
+        **(roles or {}),
+    }
+    added = sorted(tokenizer.get_added_tokens_decoder().items())
+    config: dict[str, Any] = {
+        "tokenizer_class": "TokenizersBackend",
+        **base,
+        "extra_special_tokens": [
+            token.content for _, token in added if token.special and token.content not in base.values()
+        ],
         "padding_side": "left",
         "clean_up_tokenization_spaces": False,
     }
@@ -187,6 +216,32 @@ def save_tokenizer(
     )
 
 
+def tokenizer_of_model_file(
+    model_file: str | os.PathLike[str], *, added: Sequence[str] | None = None, progress: Progress | None = None
+) -> Tokenizer:
+    """`build_tokenizer` with the tokens that the files beside it add (`added_tokens.json`, `added_tokens_decoder` of
+    `tokenizer_config.json`, `tokenizer.json`): each at its id, those inside the vocabulary as the new names of pieces.
+
+    `added` follow where they are not among them.
+    """
+    path = Path(model_file)
+    pieces = read_sentencepiece_model(path).pieces
+    beside = read_added_tokens(path.parent)
+    reserved = RENAMED_PIECES if any(piece.text in RENAMED_PIECES for piece in pieces) else {}
+    renamed = {**reserved, **{pieces[i].text: t.content for i, t in beside.items() if i < len(pieces)}}
+    renamed = {old: new for old, new in renamed.items() if old != new}
+    every = bool(read_object(path.parent / CONFIG).get("legacy", True))
+    tokenizer = build_tokenizer(path, renamed=renamed, added=(), prefix_every_text=every, progress=progress)
+    add_tokens(tokenizer, {i: token for i, token in beside.items() if i >= len(pieces)}, path.parent)
+    wanted = ADDED_TOKENS if added is None else added
+    known = {token.content for token in beside.values()}
+    if taken := sorted({piece.text for piece in pieces}.intersection(wanted) - known):
+        raise ValueError(f"{path}: the token names {', '.join(taken)} occur more than once")
+    missing = [name for name in wanted if name not in known]
+    tokenizer.add_special_tokens([AddedToken(name, special=True, normalized=False) for name in missing])
+    return tokenizer
+
+
 def convert_tokenizer(
     model_file: str | os.PathLike[str],
     folder: str | os.PathLike[str],
@@ -194,23 +249,27 @@ def convert_tokenizer(
     model_max_length: int | None = None,
     progress: Progress | None = None,
 ) -> Tokenizer:
-    """`build_tokenizer`, then `save_tokenizer`; nothing is written if the model file is no good."""
-    tokenizer = build_tokenizer(model_file, progress=progress)
-    save_tokenizer(tokenizer, folder, model_max_length=model_max_length)
+    """`tokenizer_of_model_file`, then `save_tokenizer`; nothing is written if the model file is no good."""
+    tokenizer = tokenizer_of_model_file(model_file, progress=progress)
+    roles = {
+        role: name
+        for role, name in read_roles(Path(model_file).parent).items()
+        if tokenizer.token_to_id(name) is not None
+    }
+    save_tokenizer(tokenizer, folder, model_max_length=model_max_length, roles=roles)
     return tokenizer
 
 
 def _check_text_is_kept(model: SentencePieceModel, name: str) -> None:
     """Refuses a model that rewrites the text before it is split: InternLM2's does not."""
     rewrites = {
-        "puts a space before the text (add_dummy_prefix)": model.add_dummy_prefix,
         "strips and joins spaces (remove_extra_whitespaces)": model.remove_extra_whitespaces,
         "rewrites characters (a normaliser other than identity)": not model.identity_normalizer,
         "puts spaces at the end of pieces (treat_whitespace_as_suffix)": model.whitespace_suffix,
     }
     found = [what for what, is_set in rewrites.items() if is_set]
     if found:
-        raise ValueError(f"{name} {' and '.join(found)}; only models that keep the text as it is, as InternLM2's, work")
+        raise ValueError(f"{name} {' and '.join(found)}; only models that keep the text as it is work")
 
 
 def _merges(mergeable: list[tuple[int, Piece]], progress: Progress | None) -> list[tuple[str, str]]:
@@ -237,6 +296,8 @@ def _write_json(path: Path, content: Any, *, indent: int) -> Path:
     try:
         temporary.write_bytes((json.dumps(content, ensure_ascii=False, indent=indent) + "\n").encode("utf-8"))
         temporary.replace(path)
+    except OSError as error:
+        raise OSError(error.errno, f"{path} cannot be written: {error.strerror}") from error
     finally:
         temporary.unlink(missing_ok=True)
     return path
