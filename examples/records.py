@@ -1,9 +1,8 @@
-"""Training records for the examples beside this file: a JSON object a line, `{"messages": [...], "images": [...]}`.
+"""Training records for the examples beside this file, as `mono-internvl train` reads them (docs/training.md).
 
-`<image>` in a message marks a picture's place; pictures are named relative to the file.
+Pictures are named relative to the file.
 """
 
-import json
 from pathlib import Path
 from typing import Any
 
@@ -11,28 +10,30 @@ import torch
 
 from mono_internvl import MonoInternVLProcessor
 from mono_internvl.training.data import encode_conversation
-from mono_internvl.training.sources import read_messages
+from mono_internvl.training.records import read_record
+from mono_internvl.training.sources import FileRecords
 
 
 def read_records(path: Path) -> list[dict[str, Any]]:
-    """All records, with paths for pictures.
+    """All records as `{"messages": [...], "images": [...]}`, whose contents are parts, which `datasets` can hold.
 
     Raises:
-        ValueError: a line that is no record, or no line at all.
+        ValueError: a record that cannot be used, by line and reason, or no record at all.
     """
     records = []
-    for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), 1):
-        try:
-            record = json.loads(line)
-            pictures = [str(path.parent / name) for name in record.get("images", [])]
-            records.append({"messages": record["messages"], "images": pictures})
-        except (ValueError, KeyError, TypeError, AttributeError) as error:
-            raise ValueError(f'{path}, line {number}: not {{"messages": [...], "images": [...]}}: {error!r}') from error
-    if not records:
-        raise ValueError(f"{path} holds no record")
+    source = FileRecords(path)
+    for record in (source[index] for index in range(len(source))):
+        messages, images = [], []
+        for message in record.messages:
+            content = message["content"]
+            parts = [{"type": "text", "text": content}] if isinstance(content, str) else content
+            images += [part["image"] for part in parts if part["type"] == "image"]
+            parts = [{"type": "image"} if part["type"] == "image" else part for part in parts]
+            messages.append({**message, "content": parts})
+        records.append({"messages": messages, "images": images})
     return records
 
 
 def encode_record(processor: MonoInternVLProcessor, record: dict[str, Any]) -> dict[str, torch.Tensor]:
     """`input_ids`, `labels` (the answers alone) and `pixel_values` of one record, see `encode_conversation`."""
-    return encode_conversation(processor, read_messages(record, root=Path(), where=str(record["images"])))
+    return encode_conversation(processor, read_record(record))

@@ -33,8 +33,9 @@ from mono_internvl.training.loading import (
 )
 from mono_internvl.training.plate_tasks import TASKS, PlateWorld, name_patches
 from mono_internvl.training.plate_world import Item, Plate, draw_plate
+from mono_internvl.training.records import BadSample
 from mono_internvl.training.run import run_stage
-from mono_internvl.training.sources import BadSample, FileRecords, Source, open_sources
+from mono_internvl.training.sources import FileRecords, Source, open_sources
 from mono_internvl.training.stages import load_stage, recipe_names
 from mono_internvl.training.trainer import EViPTrainer, checkpoints, learnt_places, weighted_loss_sum
 

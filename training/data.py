@@ -26,20 +26,23 @@ def encode_conversation(
 ) -> Example:
     """One conversation as `input_ids` and `labels`, int64 [T], and `pixel_values`, uint8 [tiles, patches, 3*28*28].
 
-    Labels are the ids of each answer and its `<|im_end|>`, and -100 elsewhere. Pixels stay uint8, a quarter of the
-    bytes to move; the model normalises them.
+    Labels are the ids of each answer and its `<|im_end|>`, and -100 elsewhere; an answer with `"train": False` is not
+    learnt. Pixels stay uint8, a quarter of the bytes to move; the model normalises them.
 
     Raises:
-        ValueError: no answer in the conversation, or what the processor refuses.
+        ValueError: no answer in the conversation to learn, a picture without tiles, or what the processor refuses.
     """
+    learns = [message.get("train", True) for message in messages if message.get("role") == "assistant"]
     encoded = processor.apply_chat_template(
-        messages,
+        [{key: value for key, value in message.items() if key != "train"} for message in messages],
         tokenize=True,
         return_dict=True,
         return_assistant_tokens_mask=True,
         processor_kwargs={"do_normalize": False, **image_options},
     )
     ids, answers = torch.tensor(encoded["input_ids"][0]), torch.tensor(encoded["assistant_masks"][0])
+    if not all(learns):
+        answers = _without(answers, learns)
     if not answers.any():
         raise ValueError("the conversation holds no answer to learn")
     patches = processor.tokens_per_tile
@@ -51,6 +54,15 @@ def encode_conversation(
     }
 
 
+def _without(answers: torch.Tensor, learns: list[bool]) -> torch.Tensor:
+    """The mask [T] of all answers without those that are not learnt; each answer is one run of ones."""
+    starts = answers.bool() & ~torch.cat([torch.zeros(1, dtype=torch.bool), answers[:-1].bool()])
+    if int(starts.sum()) != len(learns):
+        raise ValueError("an answer is empty, so that those not to be learnt cannot be told from the others")
+    number = (starts.cumsum(0) - 1).clamp(min=0)
+    return answers * torch.tensor(learns)[number]
+
+
 def picture_sizes(messages: Iterable[dict[str, Any]]) -> list[tuple[int, int]]:
     """Width and height of every picture of a conversation as it is seen; of a file only the header is read."""
     sizes = []
@@ -59,7 +71,7 @@ def picture_sizes(messages: Iterable[dict[str, Any]]) -> list[tuple[int, int]]:
             if part["type"] != "image":
                 continue
             picture = part["image"]
-            if isinstance(picture, str) and "://" not in picture:
+            if isinstance(picture, str) and not picture.lower().startswith(("http://", "https://", "data:")):
                 with Image.open(picture) as opened:
                     width, height = opened.size
                     # Pillow decodes a PNG to look for EXIF behind the pixels, where nobody writes it.

@@ -17,7 +17,8 @@ from torch.utils.data import Dataset, Sampler
 
 from ..processing_mono_internvl import MonoInternVLProcessor
 from .data import Collator, Example, PackCollator, encode_conversation, picture_sizes
-from .sources import BadSample, Record, Source
+from .records import BadSample
+from .sources import Record, Source, reading
 
 
 logger = logging.getLogger(__name__)
@@ -166,31 +167,33 @@ class Conversations(Dataset):
             try:
                 record = self._record(key)
                 self._lengths[place] = self.processor.count_tokens(
-                    record.messages, picture_sizes(record.messages), max_tiles=self._tiles(record)
+                    [{key: message[key] for key in ("role", "content")} for message in record.messages],
+                    picture_sizes(record.messages),
+                    max_tiles=self._tiles(record),
                 )
-            except (ValueError, OSError):
+            except Exception:
                 self._lengths[place] = 1
         return self._lengths[place]
 
     def _record(self, key: Key) -> Record:
-        return self.sources[key.source].records[key.record]
+        records = self.sources[key.source].records
+        with reading(f"{records.name}, record {key.record}"):
+            return records[key.record]
 
     def _tiles(self, record: Record) -> int:
         return self.max_tiles if record.max_tiles is None else min(record.max_tiles, self.max_tiles)
 
     def _encode(self, record: Record) -> Example:
-        try:
+        with reading(record.where):
             example = encode_conversation(self.processor, record.messages, max_tiles=self._tiles(record))
-        except (ValueError, OSError) as error:
-            raise BadSample(f"{record.where}: {error}") from error
-        length = len(example["input_ids"])
-        if length > self.max_length:
-            raise BadSample(
-                f"{record.where}: {length} tokens, {example['pixel_values'].shape[0]} tiles; at most "
-                f"{self.max_length} are allowed: raise max_length or lower max_tiles"
-            )
-        if record.finish is not None:
-            record.finish(example, self.processor)
+            length = len(example["input_ids"])
+            if length > self.max_length:
+                raise ValueError(
+                    f"{length} tokens, {example['pixel_values'].shape[0]} tiles; at most {self.max_length} are "
+                    "allowed: raise max_length or lower max_tiles"
+                )
+            if record.finish is not None:
+                record.finish(example, self.processor)
         return example
 
 

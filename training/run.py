@@ -14,8 +14,9 @@ from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM, TrainingA
 from transformers.integrations import is_tensorboard_available
 
 from ..cli.common import written_whole
+from ..configuration_mono_internvl import MonoInternVLTextConfig
 from ..image_processing_mono_internvl import MonoInternVLImageProcessor
-from ..modeling_mono_internvl import MonoInternVLForCausalLM
+from ..modeling_mono_internvl import MonoInternVLForCausalLM, make_drop_path
 from ..processing_mono_internvl import MonoInternVLProcessor
 from .groups import count_parameters, linear_modules, train_only
 from .loading import Batches, Conversations, Key, UnitBatches, mixture, one_pass, packed
@@ -76,6 +77,9 @@ def run_stage(
     kept = checkpoints(folder)
     if kept and not resume:
         raise ValueError(f"{folder} holds checkpoints of an earlier run: pass --resume to go on, or remove them")
+    if stage.drop_path:
+        # What it needs is missed now, not when the model has been loaded.
+        make_drop_path(MonoInternVLTextConfig(drop_path_rate=stage.drop_path), 1)
     # Before anything is read or built: whatever starts at random starts the same.
     set_seed(stage.seed)
     state = PartialState(cpu=not torch.cuda.is_available())
@@ -87,6 +91,7 @@ def run_stage(
     if isinstance(model, MonoInternVLForCausalLM):
         model.config.text_config.drop_path_rate = stage.drop_path
         _set_drop_path(model)
+    _fit_tokens(model, processor, stage, tell)
     sources = _sources(stage, processor)
     units, steps = _units(stage, sources, processor)
     per_step = stage.batch_size // stage.accumulation
@@ -120,8 +125,9 @@ def run_stage(
         callbacks=[Progress(tell)],
     )
     trainer.train(resume_from_checkpoint=str(kept[-1]) if kept else None)
-    if trainer.bad_samples:
-        tell(f"{trainer.bad_samples} of {trainer.samples_read} samples were left out; the log names them")
+    read, bad = trainer.count_samples()
+    if bad:
+        tell(f"{bad} of {read} samples were left out; the log names them")
     if rank == 0:
         # Beside the checkpoints: TensorBoard's files are for its own eyes.
         write_json(folder / "log.json", trainer.state.log_history)
@@ -236,9 +242,23 @@ def start_vision(model: MonoInternVLForCausalLM, patch: float, position: float) 
     weight *= patch / weight.std()
 
 
-def _set_drop_path(model: MonoInternVLForCausalLM) -> None:
-    from ..modeling_mono_internvl import make_drop_path
+def _fit_tokens(model: Any, processor: MonoInternVLProcessor, stage: Stage, tell: Callable[[str], None]) -> None:
+    """Give the tokens that were added to the tokenizer their rows, or say why they cannot be learnt."""
+    rows, tokenizer = model.get_input_embeddings().weight.shape[0], processor.tokenizer
+    added = {token: number for token, number in tokenizer.get_vocab().items() if number >= rows}
+    if stage.dense is not None or not added:
+        return
+    names = f"the tokenizer has {len(added)} tokens that the model has no rows for ({', '.join(sorted(added)[:5])})"
+    if stage.lora or "text" not in stage.trains:
+        raise ValueError(
+            f"{names}; their rows are learnt with the group text, not by "
+            f"{'adapters: train without lora first' if stage.lora else 'what this stage trains'}"
+        )
+    model.resize_token_embeddings(max(added.values()) + 1)
+    tell(f"{names}: rows added")
 
+
+def _set_drop_path(model: MonoInternVLForCausalLM) -> None:
     for number, layer in enumerate(model.model.language_model.layers):
         layer.drop_path = make_drop_path(model.config.text_config, number)
 
@@ -249,7 +269,12 @@ def _with_lora(model: Any, options: Mapping[str, Any]) -> Any:
     known = {"groups", "r", "alpha", "dropout"}
     if set(options) - known or "groups" not in options:
         raise ValueError(f"lora: needs groups, and knows {', '.join(sorted(known))}")
+    lacking = [group for group in options["groups"] if not linear_modules(model, [group])]
+    if lacking:
+        raise ValueError(f"lora: the model has no linear layers of {', '.join(lacking)}")
     config = LoraConfig(
+        # Where the base lies, also when the adapter's folder is moved or used from another one.
+        base_model_name_or_path=_base_name(model),
         r=int(options.get("r", 16)),
         lora_alpha=int(options.get("alpha", 32)),
         lora_dropout=float(options.get("dropout", 0.0)),
@@ -257,6 +282,11 @@ def _with_lora(model: Any, options: Mapping[str, Any]) -> Any:
         task_type="CAUSAL_LM",
     )
     return get_peft_model(model, config)
+
+
+def _base_name(model: Any) -> str | None:
+    name = getattr(model, "name_or_path", None)
+    return str(Path(name).resolve()) if name and Path(name).is_dir() else name or None
 
 
 # ------------------------------------------------------------------------------------------------------------- data
@@ -332,7 +362,10 @@ def _arguments(stage: Stage, folder: Path, steps: int, per_rank: int) -> Trainin
     cuda = torch.cuda.is_available()
     checkpointing: dict[str, Any] = {}
     if stage.gradient_checkpointing:
-        checkpointing = {"gradient_checkpointing": True, "gradient_checkpointing_kwargs": {"use_reentrant": False}}
+        # Newer transformers call it otherwise, and warn of the old name.
+        fields = TrainingArguments.__dataclass_fields__
+        named = "activation_checkpointing" if "activation_checkpointing" in fields else "gradient_checkpointing"
+        checkpointing = {named: True, f"{named}_kwargs": {"use_reentrant": False}}
     return TrainingArguments(
         output_dir=str(folder),
         max_steps=steps,
@@ -389,6 +422,9 @@ def _save(trainer: EViPTrainer, processor: MonoInternVLProcessor, stage: Stage, 
     model.to(getattr(torch, stage.save_dtype))
     trainer.save_model(str(temporary))
     if trainer.is_world_process_zero():
+        # The limit that the model learnt with, unless the recipe says what its model keeps.
+        if not (stage.expand or {}).get("max_tiles"):
+            processor.image_processor.max_tiles = stage.max_tiles
         processor.save_pretrained(temporary)
         if output.exists():
             shutil.rmtree(output)

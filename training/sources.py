@@ -1,30 +1,45 @@
 """Where training conversations come from: every format becomes a sequence of `Record`s, read one at a time.
 
-    .json, .jsonl   LLaVA / InternVL records  {"id", "image": str | [str], "conversations": [{"from", "value"}]}
-                    or chat records           {"messages": [{"role", "content"}], "images": [..]}
+    .json, .jsonl   records of any form that `training.records` knows: a list, or one a line (whatever the name)
     .json           an InternVL meta file     {name: {"root", "annotation", "repeat_time", "max_dynamic_patch", ..}}
-    a folder        a `datasets` data set saved with `save_to_disk`, with the columns of either kind of record
+    .parquet, a folder of `save_to_disk`      a `datasets` data set with the columns of such records
 
-A file is never held in memory: a .jsonl is read by the offsets of its lines, a data set by Arrow's memory map (a .json
-has to be read at once). Video frames are pictures in a list; `max_tiles: 1` keeps them to a tile each.
+A file is never held in memory: lines are read by their offsets, a data set by Arrow's memory map (a .json list has to
+be read at once). Video frames are pictures in a list; `max_tiles: 1` keeps them to a tile each.
 """
 
+import codecs
 import json
-from collections.abc import Callable, Iterator, Mapping, Sequence
+import logging
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 
-from ..modeling_mono_internvl import place_images
+from .records import FORMS, BadSample, is_empty, read_record
 
 
-ROLES = {"human": "user", "user": "user", "gpt": "assistant", "assistant": "assistant", "system": "system"}
+logger = logging.getLogger(__name__)
+
+_UTF16 = (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)
 
 
-class BadSample(ValueError):
-    """A record that cannot be learnt from; the message names the file, the line or place, and the reason."""
+@contextmanager
+def reading(where: str) -> Iterator[None]:
+    """Whatever goes wrong while a record is read becomes a `BadSample` that names it.
+
+    Every exception: a `StopIteration` from a record would end an epoch, and an `IndexError` a loop, without a word.
+    """
+    try:
+        yield
+    except BadSample:
+        raise
+    except Exception as error:
+        plain = isinstance(error, (ValueError, OSError)) and str(error)
+        raise BadSample(f"{where}: {error if plain else repr(error)}") from error
 
 
 class Record(NamedTuple):
@@ -65,11 +80,11 @@ class FileRecords:
     Args:
         root: folder of the pictures; default: the file's own.
         max_tiles: most tiles of a picture of this source.
-        content: of a .json that was parsed already.
+        ignore: keys of its records that are not read.
 
     Raises:
         FileNotFoundError: no such file, or no such picture folder.
-        ValueError: the file is empty or not of a known form.
+        ValueError: the file is empty, not UTF-8 or not of a known form.
     """
 
     ordered = False
@@ -79,30 +94,44 @@ class FileRecords:
         path: str | Path,
         root: str | Path | None = None,
         max_tiles: int | None = None,
-        content: Any = None,
+        ignore: Collection[str] = (),
     ):
-        self.path, self.name, self.max_tiles = Path(path), str(path), max_tiles
-        self.root = Path(root) if root is not None else self.path.parent
+        self.path, self.name, self.max_tiles = Path(path).expanduser(), str(path), max_tiles
+        self.ignore = frozenset(ignore)
+        self.root = Path(root).expanduser() if root is not None else self.path.parent
         if not self.path.exists():
             raise FileNotFoundError(f"no data file {path}")
         if not self.root.is_dir():
             raise FileNotFoundError(f"{path}: its picture folder {self.root} does not exist")
         self._rows: Any = None
         self._offsets: np.ndarray | None = None
+        self._told = False
+        kind = self.path.suffix.lower()
         if self.path.is_dir():
             from datasets import load_from_disk
 
             self._rows = load_from_disk(str(self.path))
             if isinstance(self._rows, dict):
                 raise ValueError(f"{path} holds the splits {', '.join(self._rows)}; name the folder of one")
-        elif self.path.suffix == ".jsonl":
+        elif kind == ".parquet":
+            self._rows = _read_parquet(self.path)
+        elif kind == ".jsonl":
             self._offsets = _line_offsets(self.path)
-        elif self.path.suffix == ".json":
-            self._rows = _read_json(self.path) if content is None else content
-            if not isinstance(self._rows, list):
-                raise ValueError(f"{path}: expected a list of records, found {type(self._rows).__name__}")
+        elif kind == ".json":
+            content = _read_json(self.path)
+            if content is None:
+                self._offsets = _line_offsets(self.path)
+            else:
+                self._rows = [content] if _is_record(content) else content
+                if not isinstance(self._rows, list):
+                    raise ValueError(
+                        f"{path}: expected a list of records or one record, found {type(content).__name__}"
+                        + (f" with {', '.join(map(str, content))}"[:200] if isinstance(content, dict) else "")
+                    )
         else:
-            raise ValueError(f"{path}: unknown kind of data; allowed are .json, .jsonl and a saved data set's folder")
+            raise ValueError(
+                f"{path}: unknown kind of data; allowed are .json, .jsonl, .parquet and a saved data set's folder"
+            )
         if not len(self):
             raise ValueError(f"{path} holds no record")
 
@@ -110,22 +139,40 @@ class FileRecords:
         return len(self._rows) if self._offsets is None else len(self._offsets)
 
     def __getitem__(self, index: int) -> Record:
-        if self._offsets is None:
-            row, where = self._rows[index], f"{self.name}, record {index}"
-        else:
+        if not 0 <= index < len(self):
+            raise IndexError(f"{self.name} holds {len(self)} records, not one of number {index}")
+        row, where = self.row(index)
+        with reading(where):
+            messages = read_record(row, self.root, self.ignore)
+            return Record(self._from_a_question(messages, where), where, self.max_tiles)
+
+    def row(self, index: int) -> tuple[Any, str]:
+        """A record as it lies there, and its name.
+
+        Raises:
+            BadSample: it cannot be read.
+        """
+        where = f"{self.name}, record {index}"
+        if self._offsets is not None:
             where = f"{self.name}, line {self._offsets[index][0]}"
-            with open(self.path, "rb") as file:
-                file.seek(self._offsets[index][1])
-                line = file.readline()
-            try:
-                row = json.loads(line)
-            except ValueError as error:
-                raise BadSample(f"{where}: not JSON ({error})") from error
-        if not isinstance(row, Mapping):
-            raise BadSample(f"{where}: a record is a mapping, not {type(row).__name__}")
-        if row.get("id") is not None:
+        with reading(where):
+            if self._offsets is None:
+                row = self._rows[int(index)]
+            else:
+                row = _parse_line(self.path, int(self._offsets[index][1]), where)
+        if isinstance(row, Mapping) and not is_empty(row.get("id")):
             where += f" (id {row['id']})"
-        return Record(read_messages(row, self.root, where), where, self.max_tiles)
+        return row, where
+
+    def _from_a_question(self, messages: list[dict[str, Any]], where: str) -> list[dict[str, Any]]:
+        """As the released training code: an answer in front of the first question is not part of it."""
+        start = sum(message["role"] == "system" for message in messages[:1])
+        if len(messages) > start and messages[start]["role"] == "assistant":
+            if not self._told:
+                logger.warning("%s: an answer before the first question is left out, as the released code does", where)
+                self._told = True
+            return [*messages[:start], *messages[start + 1 :]]
+        return messages
 
 
 def open_sources(specs: Sequence[Any]) -> list[Source]:
@@ -137,17 +184,18 @@ def open_sources(specs: Sequence[Any]) -> list[Source]:
     sources: list[Source] = []
     for spec in specs:
         spec = {"path": spec} if isinstance(spec, (str, Path)) else dict(spec)
-        allowed = ("path", "root", "max_tiles", "repeat", "weight")
+        allowed = ("path", "root", "max_tiles", "repeat", "weight", "ignore")
         unknown = [key for key in spec if key not in allowed]
         if "path" not in spec or unknown:
             raise ValueError(f"data: {spec}: needs a path, and knows {', '.join(allowed)}")
-        path = Path(spec["path"])
+        path = Path(spec["path"]).expanduser()
+        ignore = [spec["ignore"]] if isinstance(spec.get("ignore"), str) else spec.get("ignore") or ()
         repeat, weight = float(spec.get("repeat", 1)), spec.get("weight")
         if repeat <= 0 or (weight is not None and weight <= 0):
             raise ValueError(f"data: {path}: repeat and weight must be positive")
-        content = _read_json(path) if path.suffix == ".json" and path.is_file() else None
-        if not isinstance(content, dict):
-            records = FileRecords(path, spec.get("root"), spec.get("max_tiles"), content)
+        content = _read_json(path) if path.suffix.lower() == ".json" and path.is_file() else None
+        if not isinstance(content, dict) or _is_record(content):
+            records = FileRecords(path, spec.get("root"), spec.get("max_tiles"), ignore)
             sources.append(Source(records, repeat, weight))
             continue
         for name, entry in _meta_entries(path, content).items():
@@ -155,7 +203,10 @@ def open_sources(specs: Sequence[Any]) -> list[Source]:
             if missing:
                 raise ValueError(f"{path}: the entry {name!r} lacks {', '.join(missing)}")
             records = FileRecords(
-                _beside(path, entry["annotation"]), _beside(path, entry["root"]), entry.get("max_dynamic_patch")
+                _beside(path, entry["annotation"]),
+                _beside(path, entry["root"]),
+                entry.get("max_dynamic_patch"),
+                ignore,
             )
             declared = entry.get("length")
             if declared is not None and declared != len(records):
@@ -164,69 +215,9 @@ def open_sources(specs: Sequence[Any]) -> list[Source]:
     return sources
 
 
-def read_messages(row: Mapping[str, Any], root: Path, where: str) -> list[dict[str, Any]]:
-    """A record of either kind as chat messages.
-
-    As the released training code reads them: texts are stripped, and an answer in front of the first question is
-    dropped.
-
-    Raises:
-        BadSample: it is of neither kind, or its `<image>` marks and pictures differ in number.
-    """
-    turns = row.get("conversations")
-    if turns is None:
-        turns = row.get("messages")
-    if not isinstance(turns, Sequence) or isinstance(turns, str) or not turns:
-        raise BadSample(f"{where}: no conversations or messages")
-    pictures = list(_pictures(row, root))
-    marks = 0
-    messages: list[dict[str, Any]] = []
-    for turn in turns:
-        who = turn.get("from", turn.get("role"))
-        text = turn.get("value", turn.get("content"))
-        if who not in ROLES:
-            raise BadSample(f"{where}: unknown speaker {who!r}; allowed are {', '.join(ROLES)}")
-        if isinstance(text, Sequence) and not isinstance(text, str):
-            marks += sum(part.get("type") == "image" for part in text)
-            text = "".join("<image>" if part.get("type") == "image" else part.get("text") or "" for part in text)
-        elif isinstance(text, str):
-            marks += text.count("<image>") if ROLES[who] == "user" else 0
-        else:
-            raise BadSample(f"{where}: a turn of {who} has no text")
-        messages.append({"role": ROLES[who], "content": text.strip()})
-    if messages[0]["role"] == "assistant":
-        messages = messages[1:]
-    if marks == 0 and pictures:
-        # Without a mark pictures come first, as in `chat`.
-        first = next((message for message in messages if message["role"] == "user"), None)
-        if first is None:
-            raise BadSample(f"{where}: {len(pictures)} pictures and no user's turn")
-        first["content"] = place_images(first["content"], len(pictures))
-    elif marks != len(pictures):
-        raise BadSample(f"{where}: {marks} <image> marks for {len(pictures)} pictures")
-    left = iter(pictures)
-    for message in messages:
-        if message["role"] != "user" or "<image>" not in message["content"]:
-            continue
-        first_text, *others = message["content"].split("<image>")
-        parts: list[dict[str, Any]] = [{"type": "text", "text": first_text}]
-        for text in others:
-            parts += [{"type": "image", "image": next(left)}, {"type": "text", "text": text}]
-        message["content"] = parts
-    return messages
-
-
-def _pictures(row: Mapping[str, Any], root: Path) -> Iterator[Any]:
-    found = row.get("image", row.get("images"))
-    if found is None:
-        return
-    for picture in [found] if isinstance(found, (str, Mapping)) or not isinstance(found, Sequence) else found:
-        if isinstance(picture, Mapping):
-            # The `datasets` library's undecoded pictures, and ms-swift's records.
-            picture = picture.get("bytes") or picture.get("path")
-        if isinstance(picture, str) and "://" not in picture:
-            picture = str(root / picture)
-        yield picture
+def _check_encoding(path: Path, start: bytes) -> None:
+    if start.startswith(_UTF16) or b"\0" in start[:4]:
+        raise ValueError(f"{path} is UTF-16 or UTF-32, not UTF-8: save it as UTF-8 (PowerShell: -Encoding utf8)")
 
 
 def _line_offsets(path: Path) -> np.ndarray:
@@ -234,17 +225,61 @@ def _line_offsets(path: Path) -> np.ndarray:
     found, offset = [], 0
     with open(path, "rb") as file:
         for number, line in enumerate(file, start=1):
-            if line.strip():
+            if number == 1:
+                _check_encoding(path, line)
+            if line.removeprefix(codecs.BOM_UTF8).strip():
                 found.append((number, offset))
             offset += len(line)
     return np.array(found, dtype=np.int64).reshape(-1, 2)
 
 
-def _read_json(path: Path) -> Any:
+def _parse_line(path: Path, offset: int, where: str) -> Any:
+    with open(path, "rb") as file:
+        file.seek(offset)
+        line = file.readline()
     try:
-        return json.loads(path.read_text(encoding="utf-8"))
+        return json.loads(line.decode("utf-8-sig"))
+    except UnicodeDecodeError as error:
+        raise BadSample(f"{where}: not UTF-8 ({error}); save the file as UTF-8") from error
     except ValueError as error:
+        raise BadSample(f"{where}: not JSON ({error})") from error
+
+
+def _read_json(path: Path) -> Any:
+    """What the file holds; null where it holds a JSON object a line."""
+    data = path.read_bytes()
+    _check_encoding(path, data[:4])
+    try:
+        text = data.decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{path} is not UTF-8 ({error}); save it as UTF-8") from error
+    try:
+        return json.loads(text)
+    except (ValueError, RecursionError) as error:
+        first = next((line for line in text.split("\n") if line.strip()), "")
+        try:
+            if isinstance(json.loads(first), dict):
+                return None
+        except (ValueError, RecursionError):
+            pass
         raise ValueError(f"{path} is not JSON: {error}") from error
+
+
+def _read_parquet(path: Path) -> Any:
+    try:
+        from datasets import Dataset
+    except ImportError as error:
+        raise ValueError(f"{path}: .parquet is read with `datasets`: pip install datasets") from error
+    try:
+        return Dataset.from_parquet(str(path))
+    except Exception as error:
+        raise ValueError(f"{path} cannot be read as .parquet: {error.__cause__ or error}") from error
+
+
+def _is_record(content: Any) -> bool:
+    """Whether a parsed .json is one record, not a meta file."""
+    keys = {key for needed, _ in FORMS.values() for key in needed}
+    return isinstance(content, dict) and any(not isinstance(content.get(key, {}), dict) for key in keys)
 
 
 def _meta_entries(path: Path, content: dict[str, Any]) -> dict[str, dict]:

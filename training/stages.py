@@ -51,7 +51,7 @@ class Stage:
         batch_size: samples (packs, if packing) of one optimiser step, over all processes and accumulation.
         accumulation: micro-steps of one optimiser step.
         warmup: warm-up in steps, or as a share of all steps if below 1.
-        drop_path: stochastic depth while training.
+        drop_path: stochastic depth while training; needs timm.
         lora: `{"groups": [...], "r": 16, "alpha": 32, "dropout": 0.0}`: adapters instead of full training of `trains`.
         save_dtype: of the finished model, float32 or bfloat16.
         on_bad_sample: error, or skip: leave it out, count it and log its name; the run fails above `max_bad_share`.
@@ -121,6 +121,15 @@ class Stage:
                 raise ValueError(f"{key}: {value} must be positive")
         if self.batch_size % self.accumulation:
             raise ValueError(f"batch_size: {self.batch_size} must be a multiple of accumulation {self.accumulation}")
+        if self.lora and self.trains:
+            raise ValueError("lora: only adapters would train; leave trains empty (trains: []), groups stand in lora")
+        if self.visual_attention_experts and self.expand is None:
+            raise ValueError("visual_attention_experts: made while a model is expanded, and there is no expand")
+        if self.dense is not None and (self.expand is not None or self.lora or self.drop_path):
+            key = "expand" if self.expand is not None else "lora" if self.lora else "drop_path"
+            raise ValueError(f"{key}: not for a dense model that starts at random")
+        if self.min_lr_rate and self.schedule != "cosine_with_min_lr":
+            raise ValueError(f"min_lr_rate: the schedule {self.schedule} ends at 0; it belongs to cosine_with_min_lr")
         if self.packing and self.padding_free:
             raise ValueError("padding_free: packs hold no padding already; set packing: false, or leave this out")
         if not self.data:

@@ -86,6 +86,9 @@ class EViPTrainer(Trainer):
     def get_batch_samples(self, epoch_iterator: Any, num_batches: int, device: torch.device) -> Any:
         start = time.perf_counter()
         samples, weights = super().get_batch_samples(epoch_iterator, num_batches, device)
+        if len(samples) < num_batches:
+            # The Trainer takes this for the end of the data and finishes, well or while other ranks wait.
+            raise RuntimeError(f"the data ended {num_batches - len(samples)} batches before the run did")
         self.waited += time.perf_counter() - start
         for batch in samples:
             bad = batch.pop("bad", ())
@@ -119,7 +122,11 @@ class EViPTrainer(Trainer):
         inputs = dict(inputs)
         labels, weights = inputs.pop("labels"), inputs.pop("loss_weights")
         if not self._takes_pixels:
-            inputs.pop("pixel_values", None)
+            pixels = inputs.pop("pixel_values", None)
+            if pixels is not None and len(pixels):
+                raise ValueError(
+                    f"the records hold pictures ({len(pixels)} tiles in this batch); a dense language model sees none"
+                )
         # Logits only where something is learnt: with a large vocabulary they are the largest tensors of a step.
         places = learnt_places(labels)
         outputs = model(**inputs, use_cache=False, logits_to_keep=places)
@@ -133,9 +140,17 @@ class EViPTrainer(Trainer):
     def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
         if "loss" in logs:
             logs["data_wait_s"] = round(self.waited, 3)
-            logs["bad_samples"] = self.bad_samples
+            logs["bad_samples"] = self.count_samples()[1]
             self.waited = 0.0
         super().log(logs, *args, **kwargs)
+
+    def count_samples(self) -> tuple[int, int]:
+        """Samples read so far and bad ones among them, of all ranks; every rank has to call it."""
+        counts = torch.tensor([self.samples_read, self.bad_samples], device=self.args.device)
+        if self.args.world_size > 1:
+            counts = self.accelerator.gather(counts).reshape(-1, 2).sum(0)
+        read, bad = counts.tolist()
+        return read, bad
 
     # ---- checkpoints: whole or not there
 
