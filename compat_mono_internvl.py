@@ -21,6 +21,7 @@ import transformers
 from transformers.cache_utils import Cache
 from transformers.masking_utils import create_causal_mask
 from transformers.modeling_outputs import BaseModelOutputWithPast
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 from transformers.utils import logging
 from transformers.utils.generic import TransformersKwargs
 
@@ -143,6 +144,15 @@ def checked_keywords(forward: Callable) -> Callable:
         return forward(self, *args, **kwargs)
 
     return checked
+
+
+def register_causal_lm(model_type: str, class_name: str) -> None:
+    """Name the class in transformers' table of causal language models.
+
+    `Trainer` shifts the labels for label smoothing only where it finds the class's name there; elsewhere its loss would
+    be that of the token itself, without a word. An entry of this table alone loads nothing.
+    """
+    MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.setdefault(model_type, class_name)
 
 
 def _numbers(version: str) -> tuple[int, ...]:

@@ -8,9 +8,16 @@ Every value is checked here, once; nothing downstream checks again. The official
 internvl_chat` with an `llm_config`) is understood on the way in; what this model does not know in it is ignored.
 """
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from transformers.configuration_utils import PreTrainedConfig
+
+
+if TYPE_CHECKING:
+    # Remote code is kept in memory under a hash of a file and of those it names. Two versions of the model must not
+    # share one configuration class, by which transformers finds the model's class; so this names all the others.
+    from .modeling_mono_internvl import MonoInternVLForCausalLM  # noqa: F401
+    from .processing_mono_internvl import MonoInternVLProcessor  # noqa: F401
 
 
 VISUAL_ATTENTION_EXPERTS = ("none", "qkv", "qkvo")

@@ -14,7 +14,8 @@ Shapes: B batch, T current tokens, S all tokens incl. cache, N = B*T, V visual t
 
 import copy
 import itertools
-from collections.abc import Callable
+import os
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -29,12 +30,21 @@ from transformers.modeling_outputs import BaseModelOutputWithPast, BaseModelOutp
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS, PreTrainedModel
 from transformers.quantizers.auto import AutoQuantizationConfig
-from transformers.utils import logging
+from transformers.utils import is_peft_available, logging
 from transformers.utils.generic import can_return_tuple, merge_with_config_defaults
 from transformers.utils.output_capturing import capture_outputs
 
 from .chat_mono_internvl import AnswerStreamer, MonoInternVLChatMixin, cpu_has_bfloat16_units
-from .compat_mono_internvl import CACHE, cache_of, causal_mask, checked_keywords, is_paged, one_cache, update_cache
+from .compat_mono_internvl import (
+    CACHE,
+    cache_of,
+    causal_mask,
+    checked_keywords,
+    is_paged,
+    one_cache,
+    register_causal_lm,
+    update_cache,
+)
 from .configuration_mono_internvl import (
     MonoInternVLConfig,
     MonoInternVLTextConfig,
@@ -44,12 +54,15 @@ from .configuration_mono_internvl import (
 from .generation_mono_internvl import MonoInternVLGenerationMixin
 from .image_processing_mono_internvl import patchify
 from .prompt_mono_internvl import place_images
-from .weight_mapping_mono_internvl import checkpoint_mapping, register_checkpoint_mapping
+from .weight_mapping_mono_internvl import adapter_base, checkpoint_mapping, register_checkpoint_mapping
 
 
 logger = logging.get_logger(__name__)
 
 register_checkpoint_mapping(MonoInternVLConfig.model_type)
+register_causal_lm(MonoInternVLConfig.model_type, "MonoInternVLForCausalLM")
+# What says where a model lies; its processor lies there too.
+_PLACE = ("revision", "cache_dir", "subfolder", "token", "local_files_only")
 
 
 # --------------------------------------------------------------------------------------------------------- routing
@@ -934,31 +947,45 @@ class MonoInternVLForCausalLM(MonoInternVLChatMixin, MonoInternVLGenerationMixin
     def from_pretrained(cls, pretrained_model_name_or_path, *args, **kwargs):  # type: ignore[no-untyped-def]
         """As in transformers, for our layout and the official one, and strict.
 
+        A folder of adapters is loaded over the base that it names.
+
         Raises:
             ValueError: weights are missing or unexpected (all are listed), unless the caller looks after them through
-                `output_loading_info=True` or `ignore_mismatched_sizes=True`.
+                `output_loading_info=True` or `ignore_mismatched_sizes=True`; an adapter's base is not named.
+            TypeError: an option of the released code.
+            ImportError: adapters without PEFT.
         """
+        if "use_flash_attn" in kwargs:
+            raise TypeError(
+                "use_flash_attn is the released code's option: say attn_implementation='flash_attention_2', or nothing "
+                "for torch's own; docs/legacy.md has the others"
+            )
+        place = {name: kwargs[name] for name in _PLACE if kwargs.get(name) is not None}
+        adapter_kwargs = dict(kwargs.pop("adapter_kwargs", None) or {})
+        # An `Auto` class looks for adapters before it calls this, and hands over their folder and base.
+        adapter, base = adapter_kwargs.pop("_adapter_model_path", None), pretrained_model_name_or_path
+        whole = os.path.isfile(os.path.join(str(base), "config.json"))
+        if adapter is None and not whole and (named := adapter_base(base)):
+            adapter, base = base, named
+        if adapter is not None and not is_peft_available():
+            raise ImportError(f"{adapter} holds adapters, which PEFT reads: pip install peft")
         if kwargs.get("quantization_config") is not None:
             kwargs["quantization_config"] = spare(kwargs["quantization_config"], cls._unquantized_modules)
         wants_info = kwargs.pop("output_loading_info", False)
         tolerant = wants_info or kwargs.get("ignore_mismatched_sizes", False)
         # Mis-shaped weights are listed below with the others; transformers' own error names none.
         kwargs["ignore_mismatched_sizes"] = True
-        loaded: Any = super().from_pretrained(pretrained_model_name_or_path, *args, output_loading_info=True, **kwargs)
+        loaded: Any = super().from_pretrained(base, *args, output_loading_info=True, **kwargs)
         model, info = loaded
-        problems = [
-            f"{len(keys)} {kind}: {', '.join(sorted(str(key) for key in keys))}"
-            for kind, keys in (
-                ("missing", info["missing_keys"]),
-                ("unexpected", info["unexpected_keys"]),
-                ("mis-shaped", info["mismatched_keys"]),
-            )
-            if keys
-        ]
-        if problems and not tolerant:
-            raise ValueError(
-                f"{pretrained_model_name_or_path} does not hold this model's weights; {'; '.join(problems)}"
-            )
+        if not tolerant:
+            _refuse_gaps(base, info)
+        if adapter is not None:
+            found = model.load_adapter(adapter, adapter_kwargs=adapter_kwargs)
+            if not tolerant:
+                _refuse_gaps(adapter, vars(found))
+        model._loaded_from = [(str(base), place)]
+        if adapter is not None:
+            model._loaded_from.insert(0, (str(adapter), place if base == pretrained_model_name_or_path else {}))
         if model.dtype == torch.float16:
             logger.warning(
                 "Mono-InternVL was loaded in float16, in which its activations overflow to NaN; use bfloat16 or float32"
@@ -1076,6 +1103,18 @@ class MonoInternVLForCausalLM(MonoInternVLChatMixin, MonoInternVLGenerationMixin
             image_hidden_states=outputs.image_hidden_states,
             **{CACHE: cache_of(outputs)},
         )
+
+
+def _refuse_gaps(name: Any, info: Mapping[str, Any]) -> None:
+    """Raise a ValueError that lists what a load left missing, unexpected or mis-shaped."""
+    problems = [
+        f"{len(keys)} {kind}: {', '.join(sorted(str(key) for key in keys))}"
+        for kind in ("missing", "unexpected", "mismatched")
+        if (keys := info.get(f"{kind}_keys"))
+    ]
+    if problems:
+        text = "; ".join(problems).replace(" mismatched:", " mis-shaped:")
+        raise ValueError(f"{name} does not hold this model's weights; {text}")
 
 
 def spare(quantization: Any, modules: list[str]) -> Any:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import pickle
 import sys
@@ -154,25 +153,19 @@ def base_of_adapter(model: str) -> str | None:
     Raises:
         ModelError: its base is not named, or named and not there; it has no weights.
     """
-    folder = Path(model)
-    file = folder / "adapter_config.json"
-    if not file.is_file():
+    if not (Path(model) / "adapter_config.json").is_file():
+        # Before torch and transformers are imported for it.
         return None
+    from ..weight_mapping_mono_internvl import adapter_base
+
     try:
-        base = json.loads(file.read_text(encoding="utf-8")).get("base_model_name_or_path")
-    except (ValueError, AttributeError) as error:
-        raise ModelError(f"{file} is damaged: {one_line(error)}") from error
-    if not base:
-        raise ModelError(f"{file} does not name the model that the adapter was trained on: set base_model_name_or_path")
-    if not any((folder / name).is_file() for name in ("adapter_model.safetensors", "adapter_model.bin")):
-        raise ModelError(f"{model} holds an adapter's configuration but no adapter_model.safetensors")
-    # A relative name is meant from where one stands, or from the adapter's folder, with which the base may travel.
-    for place in (Path(base).expanduser(), folder / base):
-        if place.resolve() != folder.resolve() and (place / "config.json").is_file():
-            return str(place)
+        base = adapter_base(model)
+    except ValueError as error:
+        raise ModelError(one_line(error)) from error
     try:
-        return resolve_model(base)
+        return None if base is None else resolve_model(base)
     except ModelError as error:
+        file = Path(model) / "adapter_config.json"
         raise ModelError(
             f"{model} is a LoRA adapter on {base}: {error}; set base_model_name_or_path in {file}"
         ) from error

@@ -8,12 +8,19 @@ import pytest
 import torch
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
-from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, AutoModelForImageTextToText
+from transformers import (
+    AutoConfig,
+    AutoModel,
+    AutoModelForCausalLM,
+    AutoModelForImageTextToText,
+    AutoModelForMultimodalLM,
+)
 
 from conftest import golden, tiny_config, tiny_model
 from mono_internvl import MonoInternVLConfig, MonoInternVLForCausalLM
 
 
+AUTO_CLASSES = [AutoModel, AutoModelForCausalLM, AutoModelForImageTextToText, AutoModelForMultimodalLM]
 IDS = torch.tensor([[1, 5, 9, 30, 31, 44]])
 
 
@@ -239,7 +246,7 @@ def test_the_keyword_overrides_the_file(tmp_path):
     assert MonoInternVLForCausalLM.from_pretrained(tmp_path, image_token_id=77).config.image_token_id == 77
 
 
-@pytest.mark.parametrize("auto_class", [AutoModel, AutoModelForCausalLM, AutoModelForImageTextToText])
+@pytest.mark.parametrize("auto_class", AUTO_CLASSES)
 def test_auto_classes_mean_the_model_that_chats(tmp_path, auto_class):
     tiny_model().save_pretrained(tmp_path)
     assert isinstance(auto_class.from_pretrained(tmp_path), MonoInternVLForCausalLM)
@@ -276,3 +283,82 @@ def test_drop_path_asks_for_timm():
             tiny_model(text_config={"drop_path_rate": 0.1})
     else:
         tiny_model(text_config={"drop_path_rate": 0.1})
+
+
+def adapter_folder(base, folder):
+    """An adapter over the model in `base`, as PEFT saves it; returns the adapted model."""
+    peft = pytest.importorskip("peft")
+    options = peft.LoraConfig(r=2, target_modules=["q_proj", "patch_embedding"], init_lora_weights=False)
+    adapted = peft.get_peft_model(MonoInternVLForCausalLM.from_pretrained(base), options)
+    adapted.save_pretrained(folder)
+    return adapted.base_model.model.eval()
+
+
+@pytest.mark.parametrize("auto_class", [MonoInternVLForCausalLM, AutoModel])
+def test_a_folder_of_adapters_is_loaded_over_its_base(tmp_path, auto_class):
+    base, folder = tmp_path / "base", tmp_path / "adapter"
+    tiny_model().save_pretrained(base)
+    wanted = adapter_folder(base, folder)
+    ids = torch.tensor([[5, 6, 7]])
+    loaded = auto_class.from_pretrained(folder).eval()
+    torch.testing.assert_close(loaded(input_ids=ids).logits, wanted(input_ids=ids).logits)
+    assert [place for place, _ in loaded._loaded_from] == [str(folder), str(base)]
+
+
+def test_what_an_adapters_folder_lacks_is_named(tmp_path):
+    base, folder = tmp_path / "base", tmp_path / "adapter"
+    tiny_model().save_pretrained(base)
+    adapter_folder(base, folder)
+    # With its base beside it the folder may travel.
+    settings = json.loads((folder / "adapter_config.json").read_text())
+    (folder / "adapter_config.json").write_text(json.dumps({**settings, "base_model_name_or_path": "../base"}))
+    MonoInternVLForCausalLM.from_pretrained(folder)
+    weights = load_file(base / "model.safetensors")
+    weights.pop("lm_head.weight")
+    save_file(weights, base / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(ValueError, match="1 missing: lm_head.weight"):
+        MonoInternVLForCausalLM.from_pretrained(folder)
+    (folder / "adapter_config.json").write_text(json.dumps({**settings, "base_model_name_or_path": None}))
+    with pytest.raises(ValueError, match="does not name the model"):
+        MonoInternVLForCausalLM.from_pretrained(folder)
+    (folder / "adapter_model.safetensors").unlink()
+    (folder / "adapter_config.json").write_text(json.dumps(settings))
+    with pytest.raises(ValueError, match="no adapter_model.safetensors"):
+        MonoInternVLForCausalLM.from_pretrained(folder)
+
+
+def test_the_released_codes_option_points_to_the_page(tmp_path):
+    tiny_model().save_pretrained(tmp_path)
+    with pytest.raises(TypeError, match="legacy.md"):
+        MonoInternVLForCausalLM.from_pretrained(tmp_path, use_flash_attn=True)
+
+
+def test_chat_takes_the_processor_of_the_models_revision(folder, tmp_path):
+    """Two revisions of one repository in a cache: the second was made with one tile a picture."""
+    hub = tmp_path / "models--me--tiny"
+    (hub / "refs").mkdir(parents=True)
+    for name, commit in (("main", "a" * 40), ("v1", "b" * 40)):
+        shutil.copytree(folder, hub / "snapshots" / commit)
+        (hub / "refs" / name).write_text(commit)
+    for file in ("processor_config.json", "preprocessor_config.json"):
+        path = hub / "snapshots" / ("b" * 40) / file
+        settings = json.loads(path.read_text())
+        (settings.get("image_processor") or settings)["max_tiles"] = 1
+        path.write_text(json.dumps(settings))
+    for revision, tiles in (("main", 4), ("v1", 1)):
+        options = {"revision": revision, "cache_dir": str(tmp_path), "local_files_only": True}
+        model = MonoInternVLForCausalLM.from_pretrained("me/tiny", **options)
+        assert model._load_processor().image_processor.max_tiles == tiles
+
+
+def test_label_smoothing_shifts_the_labels(tmp_path):
+    from transformers import Trainer, TrainingArguments
+
+    model, losses = tiny_model(), []
+    ids = torch.randint(4, 100, (2, 9), generator=torch.Generator().manual_seed(0))
+    for factor in (0.0, 1e-6):
+        options = {"label_smoothing_factor": factor, "report_to": [], "use_cpu": True, "remove_unused_columns": False}
+        arguments = TrainingArguments(output_dir=str(tmp_path), **options)
+        loss = Trainer(model=model, args=arguments).compute_loss(model, {"input_ids": ids, "labels": ids.clone()})
+        losses.append(loss.item())
+    assert losses[1] == pytest.approx(losses[0], abs=1e-3)

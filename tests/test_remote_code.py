@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -85,3 +86,35 @@ def test_the_repository_stands_alone(tmp_path):
     result = run_alone(ROOT, tmp_path)
     check(result)
     assert result["answers"][0] in ("red", "green", "blue", "yellow", "purple", "orange", "black")
+
+
+TWO_VERSIONS = """
+import sys
+sys.modules["mono_internvl"] = None
+from transformers import AutoModel, AutoProcessor
+models = [AutoModel.from_pretrained(folder, trust_remote_code=True) for folder in sys.argv[1:3]]
+processors = [AutoProcessor.from_pretrained(folder, trust_remote_code=True) for folder in sys.argv[1:3]]
+for things in (models, processors):
+    print([getattr(sys.modules[type(thing).__module__], "VERSION", None) for thing in things])
+"""
+
+
+def test_two_versions_in_one_process_get_their_own_classes(folder, tmp_path):
+    folders = []
+    for version in "ab":
+        folders.append(tmp_path / version / "tiny")
+        shutil.copytree(folder, folders[-1])
+        for name in ("modeling_mono_internvl.py", "processing_mono_internvl.py"):
+            code = folders[-1] / name
+            code.write_text(code.read_text() + f"\nVERSION = '{version}'\n")
+    environment = {**os.environ, "HF_MODULES_CACHE": str(tmp_path / "modules"), "HF_HUB_OFFLINE": "1"}
+    done = subprocess.run(
+        [sys.executable, "-c", TWO_VERSIONS, *map(str, folders)],
+        capture_output=True,
+        text=True,
+        env=environment,
+        cwd=tmp_path,
+        timeout=300,
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert done.stdout.strip().splitlines()[-2:] == ["['a', 'b']"] * 2

@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import torch
-from torch.utils.data import Dataset, Sampler
+from torch.utils.data import Dataset, Sampler, get_worker_info
 
 from ..processing_mono_internvl import MonoInternVLProcessor
 from .data import Collator, Example, PackCollator, encode_conversation, picture_sizes
@@ -154,7 +154,8 @@ class Conversations(Dataset):
         try:
             return key, self._encode(self._record(key))
         except BadSample as error:
-            if not self.skip_bad:
+            # From a worker it would come as a long traceback, so the Trainer raises it (`skip_bad` is looked at there).
+            if not self.skip_bad and get_worker_info() is None:
                 raise
             return key, error
 

@@ -15,6 +15,7 @@ from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 from .data import IGNORED
 from .loading import Batches, Conversations, UnitBatches
+from .records import BadSample
 
 
 logger = logging.getLogger(__name__)
@@ -92,6 +93,8 @@ class EViPTrainer(Trainer):
         self.waited += time.perf_counter() - start
         for batch in samples:
             bad = batch.pop("bad", ())
+            if bad and not self.train_dataset.skip_bad:  # type: ignore[union-attr]
+                raise BadSample(bad[0])
             self.samples_read += int(batch.pop("samples"))
             self.bad_samples += len(bad)
             for message in bad:
