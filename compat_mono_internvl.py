@@ -64,6 +64,16 @@ FORWARD_KEYWORDS = frozenset(
 )
 
 
+class CacheNames:
+    """An output whose cache has both names; from 5.24 on transformers gives the older one itself."""
+
+    if CACHE == "past_key_values":
+
+        @property
+        def cache(self) -> Any:
+            return self.past_key_values  # type: ignore[attr-defined]
+
+
 def one_cache(cache: Any, past_key_values: Any) -> Any:
     """The cache of a call that may name it either way.
 

@@ -37,6 +37,7 @@ from transformers.utils.output_capturing import capture_outputs
 from .chat_mono_internvl import AnswerStreamer, MonoInternVLChatMixin, cpu_has_bfloat16_units
 from .compat_mono_internvl import (
     CACHE,
+    CacheNames,
     cache_of,
     causal_mask,
     checked_keywords,
@@ -126,7 +127,8 @@ class PlaceholderCheck:
         if placeholders != self.num_visual:
             raise ValueError(
                 f"the pictures give {self.num_visual} visual tokens but the input has {placeholders} image "
-                f"placeholders (id {self.image_token_id}); they must match"
+                f"placeholders (id {self.image_token_id}); they must match (who cuts a batch by rows has to cut its "
+                "tiles with them, which TRL's GRPO and RLOO do only for max_tiles=1)"
             )
         return kept == 0
 
@@ -542,14 +544,14 @@ class MonoInternVLDecoderLayer(GradientCheckpointingLayer):
 
 
 @dataclass
-class MonoInternVLModelOutputWithPast(BaseModelOutputWithPast):
+class MonoInternVLModelOutputWithPast(CacheNames, BaseModelOutputWithPast):
     """`image_hidden_states`: float [V, H], the embedded visual tokens in the order of their placeholders."""
 
     image_hidden_states: torch.Tensor | None = None
 
 
 @dataclass
-class MonoInternVLCausalLMOutputWithPast(CausalLMOutputWithPast):
+class MonoInternVLCausalLMOutputWithPast(CacheNames, CausalLMOutputWithPast):
     """`image_hidden_states`: float [V, H], the embedded visual tokens in the order of their placeholders."""
 
     image_hidden_states: torch.Tensor | None = None

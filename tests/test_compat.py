@@ -22,7 +22,7 @@ def test_the_cache_is_known_by_both_names(tiny, name, recwarn):
     tiny(input_ids=row[:, :5], **{name: cache})
     rest = tiny(input_ids=row[:, 5:], **{name: cache})
     torch.testing.assert_close(rest.logits, whole[:, 5:], atol=1e-4, rtol=1e-4)
-    assert compat.cache_of(rest) is cache
+    assert compat.cache_of(rest) is cache and rest.cache is cache
     continued = tiny.generate(
         row, max_new_tokens=3, do_sample=False, **{name: DynamicCache(config=tiny.config.text_config)}
     )
