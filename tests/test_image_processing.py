@@ -410,7 +410,7 @@ def test_urls(monkeypatch):
             load_image(f"{root}/gone")
         with pytest.raises(ValueError, match="/page is not a picture"):
             load_image(f"{root}/page")
-        monkeypatch.setattr("mono_internvl.image_processing_mono_internvl._MAX_DOWNLOAD_BYTES", 10)
+        monkeypatch.setattr("mono_internvl.image_loading_mono_internvl._MAX_DOWNLOAD_BYTES", 10)
         with pytest.raises(ValueError, match="MiB"):
             load_image(f"{root}/picture.png")
     finally:
