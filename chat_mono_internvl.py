@@ -497,29 +497,23 @@ def _ended_on_failure(streamer: Any) -> Iterator[None]:
 class AnswerStreamer:
     """Turns generated ids into pieces of the answer and hands them to the caller's streamer.
 
-    The pieces are whole characters and, joined, exactly what `chat` returns.
+    The pieces are whole characters and, joined, exactly what `chat` returns. `decoder`: a processor's `answer_decoder`.
     """
 
-    def __init__(self, target: Any, answer_text: Any):
-        self.target, self.answer_text = target, answer_text
-        self.ids: list[int] = []
-        self.sent = 0
+    def __init__(self, target: Any, decoder: Any):
+        self.target, self.pieces = target, decoder.pieces()
         self.prompt_seen = False
 
     def put(self, value: torch.Tensor) -> None:
         if not self.prompt_seen:
             self.prompt_seen = True
             return
-        self.ids.extend(value.reshape(-1).tolist())
-        self._send(self.answer_text(self.ids), end=False)
+        self._send(self.pieces.put(value.reshape(-1).tolist()), end=False)
 
     def end(self) -> None:
-        self._send(self.answer_text(self.ids), end=True)
+        self._send("", end=True)
 
-    def _send(self, text: str, end: bool) -> None:
-        # White space at the end is held back: the finished answer is stripped.
-        piece = text[self.sent :]
-        self.sent += len(piece)
+    def _send(self, piece: str, end: bool) -> None:
         if hasattr(self.target, "on_finalized_text"):
             if piece or end:
                 self.target.on_finalized_text(piece, stream_end=end)

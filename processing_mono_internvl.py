@@ -11,14 +11,13 @@ A string that comes already rendered (`processor(text=...)`) is trusted.
 
 import base64
 import binascii
-import codecs
 import itertools
 import json
 import logging
 import os
 import re
 import tempfile
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -31,12 +30,19 @@ from transformers.utils.hub import cached_file
 
 from .image_processing_mono_internvl import MonoInternVLImageProcessor, flatten_pictures
 from .prompt_mono_internvl import IMAGE_MARK, marked_parts
+from .vocabulary_mono_internvl import (
+    IMAGE_END,
+    IMAGE_START,
+    IMAGE_TOKEN,
+    AnswerDecoder,
+    Vocabulary,
+    checked_backend,
+    vocabulary_of,
+)
 
 
 logger = logging.getLogger(__name__)
 
-IMAGE_START, IMAGE_END, IMAGE_TOKEN = "<img>", "</img>", "<IMG_CONTEXT>"
-GROUNDING_TAGS = ("<quad>", "</quad>", "<ref>", "</ref>", "<box>", "</box>")
 # Candidates for the marks around typed text: characters without a meaning of their own.
 _PRIVATE_USE = (range(0xE000, 0xF900), range(0xF0000, 0xFFFFE), range(0x100000, 0x10FFFE))
 
@@ -86,20 +92,24 @@ class MonoInternVLProcessor(ProcessorMixin):
             beside = Path(__file__).with_name("chat_template.jinja")
             chat_template = beside.read_text(encoding="utf-8") if beside.exists() else None
         self.image_token, self.image_start, self.image_end = IMAGE_TOKEN, IMAGE_START, IMAGE_END
-        if tokenizer is not None:
-            vocabulary = tokenizer.get_vocab()
-            needed = (IMAGE_TOKEN, IMAGE_START, IMAGE_END, "<|im_start|>", "<|im_end|>")
-            absent = [token for token in needed if token not in vocabulary]
-            if absent:
-                raise ValueError(f"the tokenizer lacks {', '.join(absent)}: it is not one of Mono-InternVL's")
-            self.image_token_id = vocabulary[IMAGE_TOKEN]
-            self.image_token_ids = [vocabulary[token] for token in (IMAGE_TOKEN, IMAGE_START, IMAGE_END)]
-            self._control_ids = {token: vocabulary[token] for token in tokenizer.all_special_tokens}
-            self._grounding_ids = {tag: vocabulary[tag] for tag in GROUNDING_TAGS if tag in vocabulary}
-            self._byte_pieces = {vocabulary[name]: i for i in range(256) if (name := f"<0x{i:02X}>") in vocabulary}
-            self._control_pattern = _alternatives(self._control_ids)
-            self._grounding_pattern = _alternatives(self._grounding_ids)
         super().__init__(image_processor, tokenizer, chat_template=chat_template, **kwargs)
+        if tokenizer is not None:
+            checked_backend(tokenizer)
+
+    def _vocabulary(self, chat_template: str | None = None) -> Vocabulary:
+        """The tokenizer's tokens as they are now; `chat_template` beside the processor's own."""
+        own = self.chat_template if isinstance(self.chat_template, dict) else {"": self.chat_template or ""}
+        return vocabulary_of(self.tokenizer, "".join([chat_template or "", *own.values()]))
+
+    @property
+    def image_token_id(self) -> int:
+        """The id of `<IMG_CONTEXT>`."""
+        return self.tokenizer.convert_tokens_to_ids(IMAGE_TOKEN)
+
+    @property  # type: ignore[misc]
+    def image_token_ids(self) -> list[int]:  # type: ignore[override]
+        """The ids of `<IMG_CONTEXT>`, `<img>` and `</img>`."""
+        return self.tokenizer.convert_tokens_to_ids([IMAGE_TOKEN, IMAGE_START, IMAGE_END])
 
     @property
     def tokens_per_tile(self) -> int:
@@ -109,7 +119,7 @@ class MonoInternVLProcessor(ProcessorMixin):
     @property
     def stop_token_ids(self) -> list[int]:
         """Ids that end an answer: `</s>`, `<|im_end|>`, `<|im_start|>`."""
-        return [self.tokenizer.eos_token_id, self._control_ids["<|im_end|>"], self._control_ids["<|im_start|>"]]
+        return [self.tokenizer.eos_token_id, *self.tokenizer.convert_tokens_to_ids(["<|im_end|>", "<|im_start|>"])]
 
     @property
     def unused_input_names(self) -> list[str]:
@@ -182,7 +192,8 @@ class MonoInternVLProcessor(ProcessorMixin):
         prompts = [[Segment(prompt, "template")] for prompt in texts]
         if add_bos:
             prompts = [self._with_bos(prompt) for prompt in prompts]
-        return self._encode_batch(prompts, self._per_prompt(images, prompts), options, return_tensors)
+        pictures = self._per_prompt(images, prompts)
+        return self._encode_batch(prompts, pictures, options, return_tensors, self._vocabulary())
 
     def apply_chat_template(  # type: ignore[no-untyped-def,override]
         self,
@@ -239,6 +250,7 @@ class MonoInternVLProcessor(ProcessorMixin):
             pictures,
             options,
             None if return_tensors == "auto" else return_tensors,
+            self._vocabulary(chat_template),
             answer_mask=return_assistant_tokens_mask,
         )
         return inputs if return_dict else inputs["input_ids"]
@@ -266,7 +278,8 @@ class MonoInternVLProcessor(ProcessorMixin):
     ) -> list[int]:
         """One conversation's ids, pictures unopened; `tokens` as for `_encode`."""
         copies, _ = _take_images(messages, with_sources=False)
-        return self._encode(self._with_bos(self._render_by_origin(copies, chat_template, variables)), tokens)[0]
+        prompt = self._with_bos(self._render_by_origin(copies, chat_template, variables))
+        return self._encode(prompt, tokens, self._vocabulary(chat_template))[0]
 
     def _render(self, messages: Sequence[dict[str, Any]], chat_template: str | None, variables: dict[str, Any]) -> str:
         """Render one conversation, which may be empty; it is not changed."""
@@ -286,8 +299,9 @@ class MonoInternVLProcessor(ProcessorMixin):
         with the plain one. White space at the ends, which templates look at and trim, stays outside of the marks; an
         answer's is first tried inside, because it belongs to the answer.
         """
+        control = self._vocabulary(chat_template).control_pattern
         for message in messages:
-            if self._control_pattern.search(message["role"]):
+            if control.search(message["role"]):
                 raise ValueError(f"a message's role holds a control token: {message['role']!r}")
         plain = self._render(messages, chat_template, variables)
         documents = variables.get("documents")
@@ -393,6 +407,7 @@ class MonoInternVLProcessor(ProcessorMixin):
         pictures: Sequence[list[Any] | None],
         options: dict[str, Any],
         return_tensors: str | None,
+        vocabulary: Vocabulary,
         *,
         answer_mask: bool = False,
     ) -> BatchFeature:
@@ -409,7 +424,7 @@ class MonoInternVLProcessor(ProcessorMixin):
                 tokens = [int(tiles) * self.tokens_per_tile for tiles in features["num_tiles"]]
             elif images is not None:
                 tokens = []
-            ids, answers = self._encode(prompt, tokens)
+            ids, answers = self._encode(prompt, tokens, vocabulary)
             if options.get("truncation") not in (None, False, "do_not_truncate"):
                 ids, answers = self._truncate(ids, answers, options.get("max_length"))
             rows["input_ids"].append(ids)
@@ -452,20 +467,22 @@ class MonoInternVLProcessor(ProcessorMixin):
             )
         return ids[kept], answers[kept]
 
-    def _encode(self, prompt: Iterable[Segment], tokens: list[int] | None) -> tuple[list[int], list[int]]:
+    def _encode(
+        self, prompt: Iterable[Segment], tokens: list[int] | None, vocabulary: Vocabulary
+    ) -> tuple[list[int], list[int]]:
         """Segments -> ids, and 1 where an answer or its `<|im_end|>` is.
 
         `tokens`: visual tokens of each picture; None leaves placeholders as they stand.
         """
-        end_of_turn = self._control_ids["<|im_end|>"]
+        end_of_turn = vocabulary.control["<|im_end|>"]
         pieces: list[tuple[int | str, bool]] = []
         answered = False
         for text, origin in prompt:
             template = origin == "template"
             table, pattern = (
-                (self._control_ids, self._control_pattern)
+                (vocabulary.fixed, vocabulary.template_pattern)
                 if template
-                else (self._grounding_ids, self._grounding_pattern)
+                else (vocabulary.content, vocabulary.content_pattern)
             )
             for i, piece in enumerate(pattern.split(text)):
                 if piece == "" and i % 2 == 0:
@@ -478,7 +495,7 @@ class MonoInternVLProcessor(ProcessorMixin):
                 answered = False
             answered = origin == "answer"
         if tokens is not None:
-            pieces = self._expand(pieces, tokens)
+            pieces = _expand(pieces, tokens, vocabulary.image_token_id)
 
         ids: list[int] = []
         answers: list[int] = []
@@ -492,45 +509,10 @@ class MonoInternVLProcessor(ProcessorMixin):
             for part, is_answer in run:
                 text += part  # type: ignore[operator]
                 owned += bytes([is_answer]) * len(part)  # type: ignore[arg-type]
-            encoded = self._tokenize(text)
-            ids += encoded["input_ids"]
-            answers += [int(any(owned[start : max(end, start + 1)])) for start, end in encoded["offset_mapping"]]
+            encoded = vocabulary.encode(text)
+            ids += encoded.ids
+            answers += [int(any(owned[start : max(end, start + 1)])) for start, end in encoded.offsets]
         return ids, answers
-
-    def _tokenize(self, text: str) -> Any:
-        """Plain text -> ids and character offsets; nothing in it is a control token."""
-        try:
-            text.encode("utf-8")
-        except UnicodeEncodeError as error:
-            raise ValueError(
-                f"the text holds U+{ord(text[error.start]):04X}, half of a character (a lone surrogate), near "
-                f"{text[max(error.start - 20, 0) : error.start]!r}"
-            ) from error
-        return self.tokenizer(text, add_special_tokens=False, split_special_tokens=True, return_offsets_mapping=True)
-
-    def _expand(self, pieces: list[tuple[int | str, bool]], tokens: list[int]) -> list[tuple[int | str, bool]]:
-        """One placeholder (or an already expanded run of them) per picture -> as many as it has visual tokens."""
-        out: list[tuple[int | str, bool]] = []
-        picture, i = 0, 0
-        while i < len(pieces):
-            if pieces[i][0] != self.image_token_id:
-                out.append(pieces[i])
-                i += 1
-                continue
-            run = i
-            while i < len(pieces) and pieces[i][0] == self.image_token_id:
-                i += 1
-            if picture < len(tokens):
-                if i - run not in (1, tokens[picture]):
-                    raise ValueError(
-                        f"picture {picture + 1} has {tokens[picture]} visual tokens, "
-                        f"but the text holds {i - run} placeholders for it; give 1 or {tokens[picture]}"
-                    )
-                out += [(self.image_token_id, False)] * tokens[picture]
-            picture += 1
-        if picture != len(tokens):
-            raise ValueError(f"{picture} image placeholders in the text for {len(tokens)} pictures; they must match")
-        return out
 
     def _pad(
         self, rows: dict[str, list[list[int]]], options: dict[str, Any], return_tensors: str | None
@@ -571,36 +553,10 @@ class MonoInternVLProcessor(ProcessorMixin):
 
     # ---- decoding
 
-    def answer_decoder(self, *, keep_grounding_tags: bool = False) -> Callable[..., str]:
-        """A function `(ids, partial=False) -> str`: an answer's text up to a stop token, without control tokens.
-
-        The text is stripped, and a character whose bytes have not all come is left out: the text of the first ids is
-        always a beginning of the text of all of them, so `partial` (more will follow) makes no difference.
-        """
-        stops = set(self.stop_token_ids)
-        dropped = {i for token, i in self._control_ids.items() if token not in GROUNDING_TAGS}
-        if not keep_grounding_tags:
-            dropped |= set(self._grounding_ids.values())
-        # A model may have more rows than the tokenizer has tokens.
-        size, byte_pieces = len(self.tokenizer), self._byte_pieces
-
-        def decode(ids: Sequence[int], partial: bool = False) -> str:
-            # transformers decodes all bytes of a run anew as others follow, and one bad byte spoils the good ones.
-            characters = codecs.getincrementaldecoder("utf-8")("replace")
-            answer = itertools.takewhile(lambda token: token not in stops, ids)
-            kept = [token for token in answer if 0 <= token < size and token not in dropped]
-            text = ""
-            for is_bytes, run in itertools.groupby(kept, key=byte_pieces.__contains__):
-                if is_bytes:
-                    text += characters.decode(bytes(byte_pieces[token] for token in run))
-                else:
-                    text += characters.decode(b"", final=True)
-                    text += self.tokenizer.decode(
-                        list(run), skip_special_tokens=False, clean_up_tokenization_spaces=False
-                    )
-            return text.strip()
-
-        return decode
+    def answer_decoder(self, *, keep_grounding_tags: bool = False) -> AnswerDecoder:
+        """A function `(ids) -> str`: an answer's text up to a stop token, stripped, without control tokens. Its
+        `pieces()` decodes ids as they come, each once."""
+        return AnswerDecoder(self._vocabulary(), self.stop_token_ids, keep_grounding_tags=keep_grounding_tags)
 
     def parse_boxes(self, answer: str, width: int, height: int) -> list[GroundedBox]:
         """Boxes in an answer that kept its tags, in pixels of a picture of `width` x `height`.
@@ -646,11 +602,31 @@ class MonoInternVLProcessor(ProcessorMixin):
         )
 
 
-def _alternatives(table: dict[str, int]) -> re.Pattern[str]:
-    """A pattern that splits text at the table's keys and keeps them (odd places of `split`)."""
-    if not table:
-        return re.compile(r"((?!))")
-    return re.compile("(" + "|".join(re.escape(key) for key in sorted(table, key=len, reverse=True)) + ")")
+def _expand(
+    pieces: list[tuple[int | str, bool]], tokens: list[int], image_token_id: int
+) -> list[tuple[int | str, bool]]:
+    """One placeholder (or an already expanded run of them) per picture -> as many as it has visual tokens."""
+    out: list[tuple[int | str, bool]] = []
+    picture, i = 0, 0
+    while i < len(pieces):
+        if pieces[i][0] != image_token_id:
+            out.append(pieces[i])
+            i += 1
+            continue
+        run = i
+        while i < len(pieces) and pieces[i][0] == image_token_id:
+            i += 1
+        if picture < len(tokens):
+            if i - run not in (1, tokens[picture]):
+                raise ValueError(
+                    f"picture {picture + 1} has {tokens[picture]} visual tokens, "
+                    f"but the text holds {i - run} placeholders for it; give 1 or {tokens[picture]}"
+                )
+            out += [(image_token_id, False)] * tokens[picture]
+        picture += 1
+    if picture != len(tokens):
+        raise ValueError(f"{picture} image placeholders in the text for {len(tokens)} pictures; they must match")
+    return out
 
 
 def _runs(text: str) -> list[str]:

@@ -1,0 +1,254 @@
+"""What a tokenizer's tokens mean here, and an encoder of the processor's own: safe beside any other use of it.
+
+    vocabulary_of     a tokenizer -> its `Vocabulary`, made once and made anew when tokens are added to it
+    Vocabulary        which tokens are control tokens, which are content; plain text -> ids
+    AnswerDecoder     ids of an answer -> its text; AnswerPieces does the same as the ids come
+
+A transformers tokenizer keeps truncation, padding and the reading of control tokens in its backend, where each call
+sets them for all threads. A `Vocabulary` encodes through a copy of the backend that nobody else can reach.
+
+Three kinds of tokens stand beside the ordinary ones. Control tokens (InternLM2's, a base's own, and special ones that
+the chat template writes) are recognised in the template's parts of a prompt only; grounding tags and the tokens that a
+user added to the tokenizer, special or not, are content and are recognised everywhere.
+"""
+
+import codecs
+import json
+import re
+import threading
+import weakref
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+from tokenizers import AddedToken, Encoding, Tokenizer
+
+
+IMAGE_START, IMAGE_END, IMAGE_TOKEN = "<img>", "</img>", "<IMG_CONTEXT>"
+GROUNDING_TAGS = ("<quad>", "</quad>", "<ref>", "</ref>", "<box>", "</box>")
+CONTROL_TOKENS = (
+    *("<unk>", "<s>", "</s>", "<|plugin|>", "<|interpreter|>", "<|action_end|>", "<|action_start|>"),
+    *("<|im_end|>", "<|im_start|>", IMAGE_START, IMAGE_END, IMAGE_TOKEN),
+)
+_NEEDED = (IMAGE_TOKEN, IMAGE_START, IMAGE_END, "<|im_start|>", "<|im_end|>")
+_ROLES = ("bos_token", "eos_token", "unk_token", "pad_token", "sep_token", "cls_token", "mask_token")
+# What conversion fills the gaps between a base's ids with.
+_RESERVED = re.compile(r"<\|reserved_\d+\|>")
+
+_LOCK = threading.Lock()
+_made: "weakref.WeakKeyDictionary[Any, tuple[Any, dict[frozenset[str], Vocabulary]]]" = weakref.WeakKeyDictionary()
+
+
+def checked_backend(tokenizer: Any) -> Tokenizer:
+    """The backend of a transformers tokenizer, if it may be one of Mono-InternVL's.
+
+    Raises:
+        ValueError: it is not; names what it lacks.
+    """
+    backend = getattr(tokenizer, "backend_tokenizer", None)
+    if backend is None:
+        raise ValueError(f"{type(tokenizer).__name__} is no fast tokenizer: use AutoTokenizer or TokenizersBackend")
+    absent = [token for token in _NEEDED if backend.token_to_id(token) is None]
+    if absent:
+        raise ValueError(f"the tokenizer lacks {', '.join(absent)}: it is not one of Mono-InternVL's")
+    return backend
+
+
+def vocabulary_of(tokenizer: Any, template: str = "") -> "Vocabulary":
+    """The vocabulary of a transformers tokenizer as it is now; from any thread, whatever others do with it.
+
+    Args:
+        tokenizer: a fast tokenizer.
+        template: the source of the chat template; a special token that stands in it is a control token.
+
+    Raises:
+        ValueError: the tokenizer is not one of Mono-InternVL's; names what it lacks.
+    """
+    backend = checked_backend(tokenizer)
+    added = backend.get_added_tokens_decoder()
+    roles = tuple(getattr(tokenizer, role) for role in _ROLES)
+    state = (id(backend), roles, tuple(sorted((i, token.content, token.special) for i, token in added.items())))
+    named = frozenset(token.content for token in added.values() if token.special and token.content in template)
+    with _LOCK:
+        known_state, known = _made.get(tokenizer, (None, {}))
+        if known_state != state:
+            known = {}
+            _made[tokenizer] = (state, known)
+        if named not in known:
+            known[named] = Vocabulary(backend, added, {role for role in roles if role}, named)
+        return known[named]
+
+
+class Vocabulary:
+    """The tokens of one state of a tokenizer, and an encoder for plain text.
+
+    Attributes:
+        control, content, fixed: token -> id of the control tokens, of the grounding tags and of both.
+        control_pattern, content_pattern, template_pattern: split a text at control tokens, at grounding tags and at
+            both, and keep them (the odd places of `split`).
+        image_token_id, image_token_ids: of `<IMG_CONTEXT>`; of it, `<img>` and `</img>`.
+        size: ids from here on have no token.
+    """
+
+    def __init__(self, backend: Tokenizer, added: dict[int, AddedToken], roles: set[str], named: frozenset[str]):
+        known = (*CONTROL_TOKENS, *GROUNDING_TAGS)
+        ids = {token: i for token in known if (i := backend.token_to_id(token)) is not None}
+        # Ours come behind a base's tokens, and a user's behind ours.
+        last = max(i for token, i in ids.items() if token in (IMAGE_START, IMAGE_END, IMAGE_TOKEN, *GROUNDING_TAGS))
+        self.content = {tag: ids[tag] for tag in GROUNDING_TAGS if tag in ids}
+        self.control = {token: i for token, i in ids.items() if token not in self.content}
+        for i, token in added.items():
+            text = token.content
+            fixed = token.special and (i < last or text in named or _RESERVED.fullmatch(text))
+            if text not in self.content and (fixed or text in roles):
+                self.control[text] = i
+        self.control_pattern, self.content_pattern = _alternatives(self.control), _alternatives(self.content)
+        self.fixed = {**self.control, **self.content}
+        self.template_pattern = _alternatives(self.fixed)
+        self.image_token_ids = [ids[token] for token in (IMAGE_TOKEN, IMAGE_START, IMAGE_END)]
+        self.image_token_id = ids[IMAGE_TOKEN]
+        self.size = backend.get_vocab_size(with_added_tokens=True)
+        self._encoder = self._copy(backend, added)
+        self._forged = frozenset(self.control.values()) - {self._encoder.token_to_id("<unk>")}
+        self._prepare_decoding(added)
+
+    def _copy(self, backend: Tokenizer, added: dict[int, AddedToken]) -> Tokenizer:
+        """The backend with settings of its own. It reads added tokens in a text unless they are marked as special: so
+        all that this class takes out of the text itself is marked, and nothing else."""
+        fixed = self.fixed
+        serialised = backend.to_str()
+        if any(token.special != (token.content in fixed) for token in added.values()):
+            content = json.loads(serialised)
+            for entry in content["added_tokens"]:
+                entry["special"] = entry["content"] in fixed
+            serialised = json.dumps(content)
+        encoder = Tokenizer.from_str(serialised)
+        encoder.no_truncation()
+        encoder.no_padding()
+        encoder.encode_special_tokens = True
+        return encoder
+
+    def encode(self, text: str) -> Encoding:
+        """Plain text -> `ids` and `offsets` in characters; nothing in it is a control token.
+
+        Raises:
+            ValueError: the text holds half of a character, or its letters alone make a control token.
+        """
+        try:
+            encoding = self._encoder.encode(text, add_special_tokens=False)
+        except (UnicodeEncodeError, TypeError) as error:
+            found = re.search("[\ud800-\udfff]", text)
+            if found is None:
+                raise
+            raise ValueError(
+                f"the text holds U+{ord(found[0]):04X}, half of a character (a lone surrogate), near "
+                f"{text[max(found.start() - 20, 0) : found.start()]!r}"
+            ) from error
+        if not self._forged.isdisjoint(encoding.ids):
+            tokens = [token for token, i in self.control.items() if i in encoding.ids]
+            raise ValueError(f"the tokenizer makes the control token {tokens[0]} of plain text; it cannot be used")
+        return encoding
+
+    # ---- decoding
+
+    def _prepare_decoding(self, added: dict[int, AddedToken]) -> None:
+        names = {i: token.content for i, token in added.items()}
+        decoder = self._encoder.decoder
+        kind = json.loads(decoder.__getstate__()) if decoder is not None else {}
+        kinds = {kind.get("type"), *(part.get("type") for part in kind.get("decoders", ()))}
+        self._byte_level = _byte_characters() if "ByteLevel" in kinds else {}
+        self._bytes = {i: name.encode() for i, name in names.items()} if self._byte_level else {}
+        for value in range(256):
+            if (i := self._encoder.token_to_id(f"<0x{value:02X}>")) is not None:
+                self._bytes[i] = bytes([value])
+        # A decoder may strip the first token of a text; behind another one a token shows all of its own.
+        self._before = self._encoder.encode("a", add_special_tokens=False).ids
+        self._before_length = len(self._decode(self._before))
+
+    def _decode(self, ids: list[int]) -> str:
+        return self._encoder.decode(ids, skip_special_tokens=False)
+
+    def bytes_of(self, token: int) -> bytes:
+        """The UTF-8 bytes that a token stands for inside of a text, perhaps not whole characters."""
+        found = self._bytes.get(token)
+        if found is None:
+            if self._byte_level:
+                piece = self._encoder.id_to_token(token) or ""
+                found = b"".join(self._byte_level.get(character, character.encode()) for character in piece)
+            else:
+                found = self._decode([*self._before, token])[self._before_length :].encode()
+            self._bytes[token] = found
+        return found
+
+
+class AnswerDecoder:
+    """Ids of an answer -> its text up to a stop token, stripped, without control tokens.
+
+    A character whose bytes have not all come is left out: the text of the first ids is always a beginning of the text
+    of all of them, so `partial` (more will follow) makes no difference.
+    """
+
+    def __init__(self, vocabulary: Vocabulary, stops: Iterable[int], *, keep_grounding_tags: bool):
+        self.vocabulary, self.stops = vocabulary, frozenset(stops)
+        self.dropped = set(vocabulary.control.values())
+        if not keep_grounding_tags:
+            self.dropped |= set(vocabulary.content.values())
+
+    def __call__(self, ids: Sequence[int], partial: bool = False) -> str:
+        return self.pieces().put(ids)
+
+    def pieces(self) -> "AnswerPieces":
+        """A decoder of one answer for ids that come one after the other."""
+        return AnswerPieces(self)
+
+
+class AnswerPieces:
+    """`put(ids)` gives what these ids add to the answer; joined it is what `AnswerDecoder` makes of all of them.
+
+    Each id is looked at once. White space is held back until something follows it.
+    """
+
+    def __init__(self, decoder: AnswerDecoder):
+        self._decoder = decoder
+        self._characters = codecs.getincrementaldecoder("utf-8")("replace")
+        self._held: list[str] | None = None  # None until the answer has begun
+        self._stopped = False
+
+    def put(self, ids: Iterable[int]) -> str:
+        """The next piece of the answer; may be empty."""
+        vocabulary, data = self._decoder.vocabulary, []
+        for token in ids:
+            self._stopped = self._stopped or token in self._decoder.stops
+            if self._stopped:
+                break
+            # A model may have more rows than the tokenizer has tokens.
+            if 0 <= token < vocabulary.size and token not in self._decoder.dropped:
+                data.append(vocabulary.bytes_of(token))
+        text = self._characters.decode(b"".join(data))
+        if self._held is None:
+            text = text.lstrip()
+            if not text:
+                return ""
+            self._held = []
+        said = text.rstrip()
+        if not said:
+            self._held.append(text)
+            return ""
+        piece = "".join((*self._held, said))
+        self._held = [text[len(said) :]]
+        return piece
+
+
+def _alternatives(table: dict[str, int]) -> re.Pattern[str]:
+    """A pattern that splits text at the table's keys and keeps them (odd places of `split`)."""
+    if not table:
+        return re.compile(r"((?!))")
+    return re.compile("(" + "|".join(re.escape(key) for key in sorted(table, key=len, reverse=True)) + ")")
+
+
+def _byte_characters() -> dict[str, bytes]:
+    """The characters that byte-level vocabularies write bytes with: printable ones as themselves, the others from
+    U+0100 on."""
+    printable = {*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)}
+    others = [value for value in range(256) if value not in printable]
+    table = {chr(value): bytes([value]) for value in printable}
+    return table | {chr(0x100 + place): bytes([value]) for place, value in enumerate(others)}
