@@ -100,6 +100,9 @@ class MonoInternVLChatMixin:
             options = self._generation_options(generation_config, generate_kwargs)
             processor = self._processor_for(processor)
             pictures = [] if images is None else flatten_pictures(images)
+            if any(picture is None for picture in pictures):
+                place = next(number for number, picture in enumerate(pictures, start=1) if picture is None)
+                raise ValueError(f"picture {place} of {len(pictures)} is None")
             turns, current, asked = conversation(prompt, pictures, history)
             messages = [*turns, current]
             if system is not None:
@@ -126,13 +129,13 @@ class MonoInternVLChatMixin:
             prompt_length = inputs["input_ids"].shape[1]
             self._check_length(prompt_length, options)
             answer_text = processor.answer_decoder(keep_grounding_tags=keep_grounding_tags)
-            for name, value in (
-                ("eos_token_id", processor.stop_token_ids),
-                ("pad_token_id", processor.tokenizer.pad_token_id),
-            ):
-                if getattr(options.get("generation_config"), name, None) is None:
-                    options.setdefault(name, value)
-            if options.get("stop_strings") is not None:
+            tokens = {"eos_token_id": processor.stop_token_ids, "pad_token_id": processor.tokenizer.pad_token_id}
+            config = options.get("generation_config")
+            if config is None:
+                options = {**tokens, **options}
+            else:
+                config.update(**{name: value for name, value in tokens.items() if getattr(config, name) is None})
+            if options.get("stop_strings", getattr(config, "stop_strings", None)) is not None:
                 options.setdefault("tokenizer", processor.tokenizer)
             if streamer is not None:
                 takes_text = callable(streamer) or hasattr(streamer, "on_finalized_text")
@@ -202,7 +205,11 @@ class MonoInternVLChatMixin:
                 raise ValueError(f"{name} must be a whole number of at least 1, got {length!r}")
         if value_of("max_new_tokens") is None and value_of("max_length") is None and value_of("max_time") is None:
             options["max_new_tokens"] = 1024
-        return _sampling_decided(options, base)
+        options = _sampling_decided(options, base)
+        if isinstance(config, GenerationConfig):
+            # Beside a configuration transformers wants no options of one.
+            config.update(**{name: options.pop(name) for name in list(options) if hasattr(config, name)})
+        return options
 
     def _processor_for(self, processor: Any) -> Any:
         if processor is None:
@@ -267,12 +274,14 @@ class MonoInternVLChatMixin:
                 f"the conversation has {prompt_length} tokens, more than this model's limit of {limit}; "
                 "shorten it or lower max_tiles"
             )
-        longest = options.get("max_length")
-        if longest is not None and options.get("max_new_tokens") is None and prompt_length >= longest:
+        config = options.get("generation_config")
+        longest = options.get("max_length", getattr(config, "max_length", None))
+        new = options.get("max_new_tokens", getattr(config, "max_new_tokens", None))
+        if longest is not None and new is None and prompt_length >= longest:
             raise ValueError(
                 f"max_length={longest} counts the prompt, which has {prompt_length} tokens; give max_new_tokens instead"
             )
-        if prompt_length + (options.get("max_new_tokens") or 0) > limit:
+        if prompt_length + (new or 0) > limit:
             logger.info("the answer may reach the model's limit of %d tokens", limit)
 
 

@@ -62,6 +62,12 @@ logger = logging.get_logger(__name__)
 
 register_checkpoint_mapping(MonoInternVLConfig.model_type)
 register_causal_lm(MonoInternVLConfig.model_type, "MonoInternVLForCausalLM")
+# Options on old model cards -> what to write.
+_RELEASED_OPTIONS = {
+    "use_flash_attn": "attn_implementation='flash_attention_2', or nothing for torch's own",
+    "load_in_8bit": "quantization_config=BitsAndBytesConfig(load_in_8bit=True)",
+    "load_in_4bit": "quantization_config=BitsAndBytesConfig(load_in_4bit=True)",
+}
 # What says where a model lies; its processor lies there too.
 _PLACE = ("revision", "cache_dir", "subfolder", "token", "local_files_only")
 
@@ -957,11 +963,11 @@ class MonoInternVLForCausalLM(MonoInternVLChatMixin, MonoInternVLGenerationMixin
             TypeError: an option of the released code.
             ImportError: adapters without PEFT.
         """
-        if "use_flash_attn" in kwargs:
-            raise TypeError(
-                "use_flash_attn is the released code's option: say attn_implementation='flash_attention_2', or nothing "
-                "for torch's own; docs/legacy.md has the others"
-            )
+        for name, instead in _RELEASED_OPTIONS.items():
+            if name in kwargs:
+                raise TypeError(
+                    f"{name} is an option of the released code: say {instead}; docs/legacy.md has the others"
+                )
         place = {name: kwargs[name] for name in _PLACE if kwargs.get(name) is not None}
         adapter_kwargs = dict(kwargs.pop("adapter_kwargs", None) or {})
         # An `Auto` class looks for adapters before it calls this, and hands over their folder and base.

@@ -1,6 +1,7 @@
 """`model.chat`: text, pictures, history, streaming, and what it refuses."""
 
 import copy
+import warnings
 
 import numpy as np
 import pytest
@@ -116,6 +117,7 @@ def test_sampling_and_seeds(chat):
             None,
             "2 places .* 1 pictures",
         ),
+        ([RED, None], "Q", None, "picture 2 of 2 is None"),
         (RED, "Q", ("Hi", "hello"), "put this one pair into a list"),
         (RED, "Q", [("a", "b", "c")], "pairs or of messages"),
         (RED, "Q", [("a", None)], "has no answer"),
@@ -230,6 +232,9 @@ def test_options_that_work(chat):
     before = config.to_dict()
     assert chat(RED, "What is it?", generation_config=config) == greedy
     assert config.to_dict() == before
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        chat(RED, "What is it?", generation_config=GenerationConfig(max_new_tokens=3), max_new_tokens=8)
     chat(RED, "What is it?", stop_strings=["e"], max_new_tokens=8)
     assert chat(RED, "What is it?", system="Be short.", max_new_tokens=8) != ""
 

@@ -329,8 +329,9 @@ def test_what_an_adapters_folder_lacks_is_named(tmp_path):
 
 def test_the_released_codes_option_points_to_the_page(tmp_path):
     tiny_model().save_pretrained(tmp_path)
-    with pytest.raises(TypeError, match="legacy.md"):
-        MonoInternVLForCausalLM.from_pretrained(tmp_path, use_flash_attn=True)
+    for name in ("use_flash_attn", "load_in_8bit", "load_in_4bit"):
+        with pytest.raises(TypeError, match=f"{name} .*legacy.md"):
+            MonoInternVLForCausalLM.from_pretrained(tmp_path, **{name: True})
 
 
 def test_chat_takes_the_processor_of_the_models_revision(folder, tmp_path):
