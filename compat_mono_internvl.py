@@ -14,7 +14,7 @@ import functools
 import inspect
 import re
 from collections.abc import Callable, Iterable
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 import transformers
@@ -67,11 +67,12 @@ FORWARD_KEYWORDS = frozenset(
 class CacheNames:
     """An output whose cache has both names; from 5.24 on transformers gives the older one itself."""
 
-    if CACHE == "past_key_values":
+    # The checker reads the newest transformers, where `cache` is a field.
+    if CACHE == "past_key_values" and not TYPE_CHECKING:
 
         @property
         def cache(self) -> Any:
-            return self.past_key_values  # type: ignore[attr-defined]
+            return self.past_key_values
 
 
 def one_cache(cache: Any, past_key_values: Any) -> Any:
