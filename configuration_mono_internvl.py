@@ -221,7 +221,7 @@ class MonoInternVLConfig(PreTrainedConfig):
     model_type = "mono_internvl"
     sub_configs = {"text_config": MonoInternVLTextConfig, "vision_config": MonoInternVLVisionConfig}
     # What `Trainer.evaluate` leaves out of the predictions that `compute_metrics` sees.
-    keys_to_ignore_at_inference = ["past_key_values", "cache", "image_hidden_states"]
+    keys_to_ignore_at_inference = ["past_key_values", "cache", "image_hidden_states", "image_outputs"]
 
     # dict, object or None; an object after `__post_init__`.
     text_config: Any = None

