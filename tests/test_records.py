@@ -2,10 +2,12 @@
 
 import base64
 import copy
+import gzip
 import json
 import random
 import shutil
 
+import numpy as np
 import pytest
 from PIL import Image
 
@@ -87,6 +89,9 @@ def test_every_source_of_a_picture_is_seen(processor, name, place):
         {"type": "image", "path": "plate.png", "text": None, "image": None},
         {"type": "image", "base64": base64.b64encode(BYTES).decode()},
         {"type": "image", "bytes": BYTES},
+        {"type": "image_url", "image_url": {"url": "plate.png", "detail": "high"}, "cache_control": {"type": "x"}},
+        {"type": "image", "source": {"type": "url", "url": "plate.png"}},
+        {"type": "image", "source": {"type": "base64", "data": base64.b64encode(BYTES).decode(), "media_type": "x"}},
     ],
 )
 def test_every_part_with_a_picture_is_one(part):
@@ -126,6 +131,12 @@ def test_paths_of_windows_and_of_the_home_folder(tmp_path, monkeypatch):
             [("system", "S"), ("user", "a"), ("assistant", "b")],
         ),
         ({"messages": [ask("How many?"), A]}, [("user", ["How many?"]), ("assistant", "2")]),
+        (
+            {"image": PLATE, "messages": [{"role": "system", "content": ""}, {"role": "user", "content": ""}, A]},
+            [("system", ""), ("user", ["", "I", "\n"]), ("assistant", "2")],
+        ),
+        ({"messages": [ask("<img>a</img>"), A]}, [("user", ["<img>a</img>"]), ("assistant", "2")]),
+        ({"messages": [Q, A], "images": np.array([PLATE], object)}, [("user", ["", "I", "\nHow many?"]), PLAIN[1]]),
         # A word, not a mark: in a part, and where no picture is given.
         (
             {"messages": [ask(IMAGE, {"type": "text", "text": "An <image>"}), A], "images": [PLATE]},
@@ -204,6 +215,29 @@ def test_forms_that_are_understood(row, expected):
         ({"messages": [Q, A], "images": ["s3://a/b.png"]}, "only http, https, file and data"),
         ({"messages": [Q, A], "images": ["a"], "image": "a"}, "image and images"),
         ({"messages": [Q, A], "image_path": "a.png"}, "unknown key 'image_path'"),
+        # A picture that is missing, or whose place is written as other models' data does.
+        *(
+            ({"messages": [{"role": "user", "content": "<image>?"}, A], "images": nothing}, "images: empty, but")
+            for nothing in (None, [], "", {}, float("nan"))
+        ),
+        *(
+            (
+                {"messages": [{"role": "user", "content": f"{mark}?"}, A], "images": ["a.png"]},
+                "1 pictures without a place",
+            )
+            for mark in ("<|vision_start|><|image_pad|><|vision_end|>", "<image_1>", "<IMAGE>", "<|image_2|>", "[IMG]")
+        ),
+        ({"messages": [Q, {**A, "content": "<image>"}], "images": ["a.png"]}, "'<image>' in a turn of assistant"),
+        ({"messages": [Q, A], "system": "<image>", "images": ["a.png"]}, "'<image>' in a turn of system"),
+        (
+            {"query": "Picture 1: <img>a.png</img>?", "response": "b"},
+            "turn 1: '<img>a.png</img>': pictures are not read",
+        ),
+        # Turns that say nothing.
+        ({"messages": [Q, A, Q, {**A, "content": ""}]}, "turn 4: a turn of assistant is empty"),
+        ({"system": "S", "messages": [Q, {**A, "content": " \n"}]}, "turn 2: a turn of assistant is empty"),
+        ({"messages": [{"role": "user", "content": ""}, A]}, "turn 1: a turn of user is empty"),
+        ({"messages": [Q, {**A, "content": [{"type": "text", "text": ""}]}]}, "turn 2: a turn of assistant is empty"),
         ({"messages": [Q, A], "imagess": ["a"]}, "did you mean images"),
         ({"messages": [Q, A], "videos": ["a.mp4"]}, "videos: videos are not read"),
         ({"messages": [Q, A], "tools": [{}]}, "tools: "),
@@ -376,6 +410,34 @@ def test_files_that_cannot_be_read_say_why(tmp_path):
         FileRecords(tmp_path / "d.jsonl")[0]
 
 
+def test_a_key_that_stands_twice_is_named(tmp_path):
+    turns = json.dumps([Q, A])
+    twice = [
+        (f'{{"messages": {turns}, "image": "a.png", "image": "b.png"}}', "'image'"),
+        (f'{{"messages": [{{"role": "user", "content": "a", "content": "b"}}, {json.dumps(A)}]}}', "'content'"),
+    ]
+    for line, key in twice:
+        (tmp_path / "a.jsonl").write_text(json.dumps({"messages": [Q, A]}) + "\n" + line)
+        with pytest.raises(BadSample, match=f"a.jsonl, line 2: the key {key} stands twice"):
+            FileRecords(tmp_path / "a.jsonl")[1]
+        (tmp_path / "a.json").write_text(f"[{json.dumps({'messages': [Q, A]})}, {line}]")
+        records = FileRecords(tmp_path / "a.json")
+        assert records[0].messages == [Q, A]
+        with pytest.raises(BadSample, match=f"a.json, record 1: the key {key} stands twice"):
+            records[1]
+    entry = json.dumps({"root": str(tmp_path), "annotation": "a.jsonl"})
+    (tmp_path / "meta.json").write_text(f'{{"a": {entry}, "a": {entry}}}')
+    with pytest.raises(ValueError, match="meta.json: the key 'a' stands twice"):
+        open_sources([tmp_path / "meta.json"])
+
+
+def test_packed_files_are_named_as_such(tmp_path):
+    for name in ("p.jsonl", "p.json"):
+        (tmp_path / name).write_bytes(gzip.compress(b"{}"))
+        with pytest.raises(ValueError, match=f"{name} is packed .gzip.: unpack it"):
+            open_sources([tmp_path / name])
+
+
 def test_parquet_and_decoded_pictures(tmp_path, processor):
     datasets = pytest.importorskip("datasets")
     rows = [{"messages": [Q, A], "images": [Image.open(PLATE)]}, {"messages": [Q, A], "images": None}]
@@ -445,3 +507,11 @@ def test_an_answer_before_the_first_question_is_left_out_with_a_word(tmp_path, c
     (tmp_path / "a.jsonl").write_text(json.dumps({"messages": [A, Q, A]}))
     assert FileRecords(tmp_path / "a.jsonl")[0].messages == [Q, A]
     assert "a.jsonl, line 1: an answer before the first question" in caplog.text
+
+
+def test_a_mark_without_a_picture_is_a_word_and_is_told(tmp_path, caplog):
+    question = {"role": "user", "content": "An <image>?"}
+    (tmp_path / "a.jsonl").write_text("\n".join([json.dumps({"messages": [question, A]})] * 2))
+    records = FileRecords(tmp_path / "a.jsonl")
+    assert records[0].messages == records[1].messages == [question, A]
+    assert caplog.text.count("a.jsonl, line 1: a question holds <image>") == 1 and "line 2" not in caplog.text

@@ -268,6 +268,11 @@ def test_a_truncated_picture_is_an_error_that_names_it(tmp_path, processor, data
         ({"a": {"root": "no-such-folder", "annotation": "x.jsonl"}}, ("no-such-folder",)),
         ({"a": {"root": ".", "annotation": "x.jsonl", "length": 7}}, ("declares 7", "1")),
         ({"a": {"root": ".", "annotation": "empty.jsonl"}}, ("empty.jsonl", "no record")),
+        ({"a": {"root": ".", "annotation": ["x.jsonl"]}}, ("'a'", "annotation")),
+        ({"a": {"root": ".", "annotation": "x.jsonl", "repeat_tme": 2}}, ("'a'", "repeat_tme", "repeat_time")),
+        ({"a": {"root": ".", "annotation": "x.jsonl", "repeat_time": 0}}, ("'a'", "repeat_time must be positive")),
+        ({"a": {"root": ".", "annotation": "x.jsonl", "max_dynamic_patch": "6"}}, ("max_dynamic_patch", "'6'")),
+        ({"a": {"root": ".", "annotation": "x.jsonl", "data_augment": True}}, ("data_augment", "false")),
     ],
 )
 def test_a_meta_file_with_a_mistake_says_which(tmp_path, meta, words):
@@ -276,6 +281,36 @@ def test_a_meta_file_with_a_mistake_says_which(tmp_path, meta, words):
     (tmp_path / "meta.json").write_text(json.dumps(meta))
     message = error_of(open_sources, [tmp_path / "meta.json"], kind=(ValueError, OSError))
     assert all(word in message for word in words), message
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        ({"weight": "x"}, "weight must be positive, got 'x'"),
+        ({"weight": float("nan")}, "weight must be positive, got nan"),
+        ({"repeat": 0}, "repeat must be positive, got 0"),
+        ({"max_tiles": 0}, "max_tiles must be a whole number of at least 1, got 0"),
+        ({"max_tiles": "6"}, "max_tiles must be a whole number"),
+        ({"ignore": {"a": 1}}, "ignore: a list of keys"),
+        ({"max_tile": 6}, "a path is wanted, or a mapping with path that knows path, root, max_tiles"),
+    ],
+)
+def test_a_source_with_a_mistake_says_which(data, options, words):
+    assert words in error_of(open_sources, [{"path": data / "train.jsonl", **options}])
+    assert "a path is wanted" in error_of(open_sources, [[data / "train.jsonl"]])
+
+
+def test_a_meta_files_entries_share_what_is_said_of_it(tmp_path, data):
+    entry = {"root": str(data), "annotation": str(data / "train.jsonl"), "data_augment": False}
+    meta = {"a": entry, "b": {**entry, "repeat_time": 3, "max_dynamic_patch": 2}}
+    (tmp_path / "meta.json").write_text(json.dumps(meta))
+    sources = open_sources([{"path": tmp_path / "meta.json", "weight": 2, "max_tiles": 4}])
+    assert [(source.weight, source.repeat, source.records.max_tiles) for source in sources] == [
+        (0.5, 1, 4),
+        (1.5, 3, 2),
+    ]
+    message = error_of(open_sources, [{"path": tmp_path / "meta.json", "root": str(data)}])
+    assert "root: each entry of a meta file names its own" in message
 
 
 def test_mixtures_follow_weights_and_shuffle_each_pass(data):

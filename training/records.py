@@ -14,6 +14,7 @@ import base64
 import binascii
 import difflib
 import os
+import re
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -22,11 +23,11 @@ from urllib.parse import unquote, urlsplit
 import numpy as np
 from PIL import Image
 
-from ..modeling_mono_internvl import place_images
+from ..prompt_mono_internvl import IMAGE_MARK, place_images, read_part
 
 
 ROLES = {"human": "user", "user": "user", "gpt": "assistant", "assistant": "assistant", "system": "system"}
-MARK = "<image>"
+MARK = IMAGE_MARK
 # Say where a record comes from, not what is to be learnt.
 # fmt: off
 BOOKKEEPING = (
@@ -75,7 +76,13 @@ _PART_TYPES = {
     "image_pil": "image",
     "input_image": "image",
 }
+# Hints to other models or to a cache, which change nothing that is seen.
+_HINTS = ("detail", "cache_control")
 _LEARN = ("loss", "loss_scale", "weight", "train")
+# How other models' data writes a picture's place into a text, and a picture itself (Qwen-VL's <img>FILE</img>).
+_OTHER_MARKS = re.compile(r"<\|?(?:vision_start|image|img)(?:[ _-]?\w+)*\|?>|\[img(?:[ _-]?\d+)?\]", re.IGNORECASE)
+_MARKS = re.compile(re.escape(MARK))
+_INLINE = re.compile(r"<img>([^<>]+)</img>")
 
 
 class BadSample(ValueError):
@@ -117,11 +124,31 @@ def read_record(row: Any, root: str | Path | None = None, ignore: Collection[str
         if any(message["role"] == "system" for message in messages):
             raise ValueError("system: the turns hold a system prompt already; give one of the two")
         messages.insert(0, {"role": "system", "content": held["system"].strip()})
-    unnamed = [key for key in PICTURES if key in row and key not in held and row[key] is not None]
     pictures = _pictures(held, root)
-    if not pictures and any(isinstance(row[key], (str, float)) for key in unnamed) and _marks(messages):
-        raise ValueError(f"{unnamed[0]}: empty, but a turn holds an {MARK} mark")
-    return _with_pictures(messages, pictures)
+    unnamed = [key for key in PICTURES if key in row]
+    if not pictures and unnamed and count_marks(messages):
+        raise ValueError(
+            f"{unnamed[0]}: empty, but a turn holds an {MARK} mark; give the picture, or leave the key out (or write "
+            "the turn as a part of type text) where it is a word"
+        )
+    return _checked(_with_pictures(messages, pictures), 0 if "system" in held else 1)
+
+
+def _checked(messages: list[dict[str, Any]], first: int) -> list[dict[str, Any]]:
+    """The messages, numbered from `first`, each of which says something, in this model's terms."""
+    for number, message in enumerate(messages, start=first):
+        content = message["content"]
+        parts = [{"type": "text", "text": content}] if isinstance(content, str) else content
+        says = any(part["type"] == "image" or part["text"] for part in parts)
+        # An empty system prompt is the wish for none.
+        if not says and message["role"] != "system":
+            raise ValueError(f"turn {number}: a turn of {message['role']} is empty")
+        if message["role"] == "user" and isinstance(content, str) and (found := _INLINE.search(content)):
+            raise ValueError(
+                f"turn {number}: {found[0]!r:.80}: pictures are not read out of a text; write {MARK} and give the "
+                "picture in images (or write the turn as a part of type text, if it is none)"
+            )
+    return messages
 
 
 def _form_of(row: Mapping[str, Any], held: Mapping[str, Any]) -> str:
@@ -257,6 +284,11 @@ def _part(part: Any, where: str, root: str | Path | None) -> dict[str, Any]:
         raise ValueError(f"{where}: {kind}: {REFUSED[kind]}")
     if not isinstance(kind, str) or kind not in _PART_TYPES:
         raise ValueError(f"{where}: unknown type {kind!r}; allowed are {', '.join(_PART_TYPES)}")
+    for hint in _HINTS:
+        held.pop(hint, None)
+    if _PART_TYPES[kind] == "image" and isinstance(held.get("source"), Mapping):
+        # Anthropic's: checked and decoded where every message is.
+        held["image"] = read_part({"type": "image", "source": held.pop("source")}, where)["image"]
     known = ("text",) if _PART_TYPES[kind] == "text" else _SOURCES
     _refuse_unknown([key for key, value in held.items() if key in known or not is_empty(value)], known, where)
     if known == ("text",):
@@ -278,6 +310,9 @@ def _pictures(held: Mapping[str, Any], root: str | Path | None) -> list[Any]:
     if not given:
         return []
     found = held[given[0]]
+    if isinstance(found, np.ndarray) and found.dtype == object:
+        # How pandas holds a list.
+        found = found.tolist()
     several = list(found) if isinstance(found, (list, tuple)) else [found]
     return [_source(picture, f"{given[0]} {k}", root) for k, picture in enumerate(several, start=1)]
 
@@ -286,7 +321,7 @@ def _source(value: Any, where: str, root: str | Path | None, raw: bool = False) 
     """A picture's source as `load_image` takes it; a relative path starts from `root`."""
     if isinstance(value, Mapping):
         # The undecoded pictures of `datasets`, ms-swift's and OpenAI's {"url"}.
-        held = {key: v for key, v in value.items() if v is not None and not (key == "detail" and v == "auto")}
+        held = {key: v for key, v in value.items() if v is not None and key not in _HINTS}
         if set(held) == {"bytes", "path"}:
             # The path is the name the bytes once had.
             held.pop("path")
@@ -334,7 +369,7 @@ def _decoded(value: str, where: str) -> bytes:
         raise ValueError(f"{where}: {value[:60]!r}...: neither a file nor base64 ({error})") from error
 
 
-def _marks(messages: Sequence[Mapping[str, Any]]) -> int:
+def count_marks(messages: Sequence[Mapping[str, Any]]) -> int:
     """`<image>` marks in the strings that users wrote."""
     return sum(
         message["content"].count(MARK)
@@ -347,7 +382,7 @@ def _with_pictures(messages: list[dict[str, Any]], pictures: list[Any]) -> list[
     """The record's own pictures put where its marks and parts want them."""
     images = [p for m in messages if isinstance(m["content"], list) for p in m["content"] if p["type"] == "image"]
     open_places = [part for part in images if "image" not in part]
-    marks = _marks(messages) if pictures else 0
+    marks = count_marks(messages) if pictures else 0
     if not pictures and not open_places:
         return messages
     if marks + len(open_places) != len(pictures):
@@ -358,6 +393,15 @@ def _with_pictures(messages: list[dict[str, Any]], pictures: list[Any]) -> list[
                 else f"{len(pictures)} pictures beside {len(images) - len(open_places)} in parts, and "
                 f"{marks + len(open_places)} marks for them"
             )
+        for message in messages:
+            # It means a place that is not taken for one, which pictures in front would hide.
+            text = message["content"] if isinstance(message["content"], str) else ""
+            found = (_OTHER_MARKS.search(text) if message["role"] == "user" else None) or _MARKS.search(text)
+            if found:
+                raise ValueError(
+                    f"{found[0]!r} in a turn of {message['role']}, and {len(pictures)} pictures without a place; "
+                    f"write {MARK} into turns of user where they belong"
+                )
         # Without a mark pictures come first, as in `chat`.
         first = next((message for message in messages if message["role"] == "user"), None)
         if first is None:

@@ -9,8 +9,10 @@ be read at once). Video frames are pictures in a list; `max_tiles: 1` keeps them
 """
 
 import codecs
+import dataclasses
 import json
 import logging
+import math
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -19,12 +21,16 @@ from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 
-from .records import FORMS, BadSample, is_empty, read_record
+from .records import FORMS, BadSample, count_marks, is_empty, read_record
 
 
 logger = logging.getLogger(__name__)
 
 _UTF16 = (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)
+_PACKED = {b"\x1f\x8b": "gzip", b"PK\x03\x04": "zip", b"BZh": "bzip2", b"\xfd7zXZ": "xz", b"\x28\xb5\x2f\xfd": "zstd"}
+# Keys of an InternVL meta entry. The second are for what is not done here: named where they ask for something.
+_META_KEYS = ("root", "annotation", "max_dynamic_patch", "repeat_time", "length")
+_META_OFF = ("data_augment",)
 
 
 @contextmanager
@@ -105,7 +111,7 @@ class FileRecords:
             raise FileNotFoundError(f"{path}: its picture folder {self.root} does not exist")
         self._rows: Any = None
         self._offsets: np.ndarray | None = None
-        self._told = False
+        self._told: set[str] = set()
         kind = self.path.suffix.lower()
         if self.path.is_dir():
             from datasets import load_from_disk
@@ -119,6 +125,8 @@ class FileRecords:
             self._offsets = _line_offsets(self.path)
         elif kind == ".json":
             content = _read_json(self.path)
+            if isinstance(content, _Twice):
+                raise ValueError(f"{path}: {content.message}")
             if content is None:
                 self._offsets = _line_offsets(self.path)
             else:
@@ -144,6 +152,9 @@ class FileRecords:
         row, where = self.row(index)
         with reading(where):
             messages = read_record(row, self.root, self.ignore)
+            if count_marks(messages):
+                # Strings that hold a mark have become parts where a picture is given.
+                self._tell(where, "a question holds <image> and the record gives no picture: there it is a word")
             return Record(self._from_a_question(messages, where), where, self.max_tiles)
 
     def row(self, index: int) -> tuple[Any, str]:
@@ -160,6 +171,9 @@ class FileRecords:
                 row = self._rows[int(index)]
             else:
                 row = _parse_line(self.path, int(self._offsets[index][1]), where)
+            twice = _find_twice(row)
+            if twice:
+                raise ValueError(twice.message)
         if isinstance(row, Mapping) and not is_empty(row.get("id")):
             where += f" (id {row['id']})"
         return row, where
@@ -168,11 +182,14 @@ class FileRecords:
         """As the released training code: an answer in front of the first question is not part of it."""
         start = sum(message["role"] == "system" for message in messages[:1])
         if len(messages) > start and messages[start]["role"] == "assistant":
-            if not self._told:
-                logger.warning("%s: an answer before the first question is left out, as the released code does", where)
-                self._told = True
+            self._tell(where, "an answer before the first question is left out, as the released code does")
             return [*messages[:start], *messages[start + 1 :]]
         return messages
+
+    def _tell(self, where: str, what: str) -> None:
+        if what not in self._told:
+            logger.warning("%s: %s (told once for this source)", where, what)
+            self._told.add(what)
 
 
 def open_sources(specs: Sequence[Any]) -> list[Source]:
@@ -183,39 +200,68 @@ def open_sources(specs: Sequence[Any]) -> list[Source]:
     """
     sources: list[Source] = []
     for spec in specs:
-        spec = {"path": spec} if isinstance(spec, (str, Path)) else dict(spec)
+        spec = {"path": spec} if isinstance(spec, (str, Path)) else spec
         allowed = ("path", "root", "max_tiles", "repeat", "weight", "ignore")
-        unknown = [key for key in spec if key not in allowed]
-        if "path" not in spec or unknown:
-            raise ValueError(f"data: {spec}: needs a path, and knows {', '.join(allowed)}")
+        if not isinstance(spec, Mapping) or set(spec) - set(allowed) or not isinstance(spec.get("path"), (str, Path)):
+            raise ValueError(f"data: {spec}: a path is wanted, or a mapping with path that knows {', '.join(allowed)}")
         path = Path(spec["path"]).expanduser()
         ignore = [spec["ignore"]] if isinstance(spec.get("ignore"), str) else spec.get("ignore") or ()
-        repeat, weight = float(spec.get("repeat", 1)), spec.get("weight")
-        if repeat <= 0 or (weight is not None and weight <= 0):
-            raise ValueError(f"data: {path}: repeat and weight must be positive")
+        if not isinstance(ignore, (list, tuple, set, frozenset)):
+            raise ValueError(f"data: {path}: ignore: a list of keys is wanted, not {ignore!r}")
+        repeat = _positive(spec.get("repeat", 1), f"data: {path}: repeat")
+        weight = None if spec.get("weight") is None else _positive(spec["weight"], f"data: {path}: weight")
+        max_tiles = _tiles(spec.get("max_tiles"), f"data: {path}: max_tiles")
         content = _read_json(path) if path.suffix.lower() == ".json" and path.is_file() else None
         if not isinstance(content, dict) or _is_record(content):
-            records = FileRecords(path, spec.get("root"), spec.get("max_tiles"), ignore)
-            sources.append(Source(records, repeat, weight))
+            sources.append(Source(FileRecords(path, spec.get("root"), max_tiles, ignore), repeat, weight))
             continue
+        if spec.get("root") is not None:
+            raise ValueError(f"data: {path}: root: each entry of a meta file names its own")
+        found = []
         for name, entry in _meta_entries(path, content).items():
-            missing = [key for key in ("root", "annotation") if key not in entry]
-            if missing:
-                raise ValueError(f"{path}: the entry {name!r} lacks {', '.join(missing)}")
+            where = f"{path}: {name!r}"
             records = FileRecords(
                 _beside(path, entry["annotation"]),
                 _beside(path, entry["root"]),
-                entry.get("max_dynamic_patch"),
+                _least(max_tiles, _tiles(entry.get("max_dynamic_patch"), f"{where}: max_dynamic_patch")),
                 ignore,
             )
             declared = entry.get("length")
             if declared is not None and declared != len(records):
-                raise ValueError(f"{path}: {name!r} declares {declared} records, {records.name} holds {len(records)}")
-            sources.append(Source(records, repeat * float(entry.get("repeat_time", 1)), weight))
+                raise ValueError(f"{where} declares {declared} records, {records.name} holds {len(records)}")
+            found.append(Source(records, repeat * _positive(entry.get("repeat_time", 1), f"{where}: repeat_time")))
+        # The weight is the file's: its entries share it as they would share a run of their own.
+        size = sum(len(source.records) * source.repeat for source in found)
+        for source in found:
+            share = None if weight is None else weight * len(source.records) * source.repeat / size
+            sources.append(dataclasses.replace(source, weight=share))
     return sources
 
 
+def _positive(value: Any, name: str) -> float:
+    try:
+        number = float(value) if not isinstance(value, bool) else math.nan
+    except (TypeError, ValueError):
+        number = math.nan
+    if not 0 < number < math.inf:
+        raise ValueError(f"{name} must be positive, got {value!r}")
+    return number
+
+
+def _tiles(value: Any, name: str) -> int | None:
+    if value is None or (isinstance(value, int) and not isinstance(value, bool) and value > 0):
+        return value
+    raise ValueError(f"{name} must be a whole number of at least 1, got {value!r}")
+
+
+def _least(one: int | None, other: int | None) -> int | None:
+    return min((value for value in (one, other) if value is not None), default=None)
+
+
 def _check_encoding(path: Path, start: bytes) -> None:
+    for magic, name in _PACKED.items():
+        if start.startswith(magic):
+            raise ValueError(f"{path} is packed ({name}): unpack it first")
     if start.startswith(_UTF16) or b"\0" in start[:4]:
         raise ValueError(f"{path} is UTF-16 or UTF-32, not UTF-8: save it as UTF-8 (PowerShell: -Encoding utf8)")
 
@@ -226,7 +272,7 @@ def _line_offsets(path: Path) -> np.ndarray:
     with open(path, "rb") as file:
         for number, line in enumerate(file, start=1):
             if number == 1:
-                _check_encoding(path, line)
+                _check_encoding(path, line[:8])
             if line.removeprefix(codecs.BOM_UTF8).strip():
                 found.append((number, offset))
             offset += len(line)
@@ -238,27 +284,54 @@ def _parse_line(path: Path, offset: int, where: str) -> Any:
         file.seek(offset)
         line = file.readline()
     try:
-        return json.loads(line.decode("utf-8-sig"))
+        return _parse(line.decode("utf-8-sig"))
     except UnicodeDecodeError as error:
         raise BadSample(f"{where}: not UTF-8 ({error}); save the file as UTF-8") from error
     except ValueError as error:
         raise BadSample(f"{where}: not JSON ({error})") from error
 
 
+class _Twice:
+    """An object of a file that gives a key twice, of which JSON would keep the last."""
+
+    def __init__(self, key: str):
+        self.message = f"the key {key!r} stands twice in one object"
+
+
+def _parse(text: str) -> Any:
+    """The text's JSON, with a `_Twice` in place of an object that gives a key twice: who knows the record tells it."""
+
+    def once(pairs: list[tuple[str, Any]]) -> Any:
+        held = dict(pairs)
+        if len(held) == len(pairs):
+            return held
+        keys = [key for key, _ in pairs]
+        return _Twice(next(key for place, key in enumerate(keys) if key in keys[:place]))
+
+    return json.loads(text, object_pairs_hook=once)
+
+
+def _find_twice(value: Any) -> _Twice | None:
+    if isinstance(value, _Twice):
+        return value
+    inner = value.values() if isinstance(value, dict) else value if isinstance(value, list) else ()
+    return next((found for found in map(_find_twice, inner) if found), None)
+
+
 def _read_json(path: Path) -> Any:
     """What the file holds; null where it holds a JSON object a line."""
     data = path.read_bytes()
-    _check_encoding(path, data[:4])
+    _check_encoding(path, data[:8])
     try:
         text = data.decode("utf-8-sig")
     except UnicodeDecodeError as error:
         raise ValueError(f"{path} is not UTF-8 ({error}); save it as UTF-8") from error
     try:
-        return json.loads(text)
+        return _parse(text)
     except (ValueError, RecursionError) as error:
         first = next((line for line in text.split("\n") if line.strip()), "")
         try:
-            if isinstance(json.loads(first), dict):
+            if isinstance(_parse(first), (dict, _Twice)):
                 return None
         except (ValueError, RecursionError):
             pass
@@ -284,8 +357,20 @@ def _is_record(content: Any) -> bool:
 
 def _meta_entries(path: Path, content: dict[str, Any]) -> dict[str, dict]:
     """The entries of an InternVL meta file."""
+    twice = _find_twice(content)
+    if twice:
+        raise ValueError(f"{path}: {twice.message}")
     if not content or not all(isinstance(entry, dict) for entry in content.values()):
         raise ValueError(f"{path}: a meta file maps names to {{root, annotation, ..}}")
+    for name, entry in content.items():
+        for key in ("root", "annotation"):
+            if not isinstance(entry.get(key), str):
+                raise ValueError(f"{path}: the entry {name!r} lacks {key}")
+        for key, value in entry.items():
+            if key in _META_OFF and value:
+                raise ValueError(f"{path}: {name!r}: {key}: pictures are not augmented here; set it to false")
+            if key not in (*_META_KEYS, *_META_OFF) and not is_empty(value):
+                raise ValueError(f"{path}: {name!r}: unknown key {key!r}; allowed are {', '.join(_META_KEYS)}")
     return content
 
 
