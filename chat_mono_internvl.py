@@ -9,12 +9,16 @@ Nothing that is passed in is changed, consumed or kept: the model's dtype and mo
 
 import contextlib
 import copy
+import functools
 import inspect
+import math
 import threading
 import weakref
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from numbers import Integral, Real
 from typing import Any
 
+import numpy as np
 import torch
 from transformers.generation.configuration_utils import GenerationConfig
 from transformers.generation.utils import GenerationMixin
@@ -28,6 +32,15 @@ from .prompt_mono_internvl import IMAGE_MARK, marked_parts, place_images, read_m
 logger = logging.get_logger(__name__)
 
 _LEGACY = "this is how the released code was called; docs/legacy.md says what to write instead"
+# What only the released code's `chat` and `batch_chat` were given.
+_RELEASED_OPTIONS = frozenset(
+    {
+        *("pixel_values", "question", "questions", "num_patches_list", "num_patches_lists"),
+        *("image_counts", "IMG_START_TOKEN", "IMG_END_TOKEN", "IMG_CONTEXT_TOKEN", "verbose"),
+    }
+)
+# As messages name their speakers, and others' code too.
+_ROLES = frozenset({"system", "developer", "user", "assistant", "tool", "function", "human", "ai", "gpt", "bot"})
 _SAMPLING = ("temperature", "top_p", "top_k", "min_p", "typical_p", "epsilon_cutoff", "eta_cutoff", "top_h")
 # What would make `generate` return more than `chat` can.
 _RICHER_OUTPUTS = (
@@ -41,15 +54,34 @@ _RICHER_OUTPUTS = (
 History = list[tuple[Any, str]] | list[dict[str, Any]]
 
 
+def _as_called_here(chat: Callable) -> Callable:
+    """Point the released code's way of calling to the page about it, and end a waiting streamer where a call fails.
+
+    It stands around `chat` because Python itself refuses what lacks an argument.
+    """
+
+    @functools.wraps(chat)
+    def call(self: Any, *args: Any, **kwargs: Any) -> Any:
+        with _ended_on_failure(kwargs.get("streamer")):
+            released = sorted(_RELEASED_OPTIONS.intersection(kwargs))
+            if released or len(args) > 2 or any(hasattr(given, "convert_tokens_to_ids") for given in args):
+                what = f", not {', '.join(released)}" if released else ""
+                raise TypeError(f"chat takes (images, prompt) and named options{what}; {_LEGACY}")
+            return chat(self, *args, **kwargs)
+
+    return call
+
+
 class MonoInternVLChatMixin:
     """`chat` for a model that has `generate`."""
 
+    @_as_called_here
     @torch.no_grad()
     def chat(
         self,
         images: Any,
         prompt: str | list[dict[str, Any]],
-        *legacy: Any,
+        *,
         system: str | None = None,
         history: Sequence[Any] | None = None,
         return_history: bool = False,
@@ -93,56 +125,64 @@ class MonoInternVLChatMixin:
             ValueError: empty prompt, marks and pictures that do not match, a history of another form, options that
                 contradict each other or that a text cannot answer, a conversation that is too long, float16.
         """
-        with _ended_on_failure(streamer):
-            if legacy or hasattr(images, "convert_tokens_to_ids"):
-                raise TypeError(f"chat takes (images, prompt) and named options; {_LEGACY}")
-            self._check_dtype()
-            options = self._generation_options(generation_config, generate_kwargs)
-            processor = self._processor_for(processor)
-            pictures = [] if images is None else flatten_pictures(images)
-            if any(picture is None for picture in pictures):
-                place = next(number for number, picture in enumerate(pictures, start=1) if picture is None)
-                raise ValueError(f"picture {place} of {len(pictures)} is None")
-            turns, current, asked = conversation(prompt, pictures, history)
-            messages = [*turns, current]
-            if system is not None:
-                if not isinstance(system, str):
-                    raise ValueError(f"system must be a string, not {type(system).__name__}")
-                if any(message["role"] == "system" for message in messages):
-                    raise ValueError("the history has a system message already; leave system out")
-                messages = [{"role": "system", "content": system}, *messages]
-            image_options = {
-                "max_tiles": max_tiles,
-                "min_tiles": min_tiles,
-                "use_thumbnail": use_thumbnail,
-                "max_pixels": max_pixels,
-            }
-            inputs = processor.apply_chat_template(
-                messages,
-                tokenize=True,
-                return_dict=True,
-                return_tensors="pt",
-                add_generation_prompt=True,
-                processor_kwargs={name: value for name, value in image_options.items() if value is not None},
-            ).to(self._input_device(), self.dtype)  # type: ignore[attr-defined]
+        self._check_dtype()
+        _check_streamer(streamer)
+        options = self._generation_options(generation_config, generate_kwargs)
+        processor = self._processor_for(processor)
+        pictures = [] if images is None else flatten_pictures(images)
+        if any(picture is None for picture in pictures):
+            place = next(number for number, picture in enumerate(pictures, start=1) if picture is None)
+            raise ValueError(f"picture {place} of {len(pictures)} is None")
+        if not pictures and images is not None and not isinstance(images, (list, tuple)):
+            # Frames of a video that gave none, or an iterator that somebody else has read to its end.
+            raise ValueError(f"images is {type(images).__name__} without a picture in it; for none give None or []")
+        if isinstance(history, np.ndarray):
+            history = history.tolist()
+        turns, current, asked = conversation(prompt, pictures, history)
+        messages = [*turns, current]
+        if system is not None:
+            if not isinstance(system, str):
+                raise ValueError(f"system must be a string, not {type(system).__name__}")
+            if any(message["role"] == "system" for message in messages):
+                raise ValueError("the history has a system message already; leave system out")
+            messages = [{"role": "system", "content": system}, *messages]
+        image_options = {
+            "max_tiles": max_tiles,
+            "min_tiles": min_tiles,
+            "use_thumbnail": use_thumbnail,
+            "max_pixels": max_pixels,
+        }
+        inputs = processor.apply_chat_template(
+            messages,
+            tokenize=True,
+            return_dict=True,
+            return_tensors="pt",
+            add_generation_prompt=True,
+            processor_kwargs={name: value for name, value in image_options.items() if value is not None},
+        ).to(self._input_device(), self.dtype)  # type: ignore[attr-defined]
 
-            prompt_length = inputs["input_ids"].shape[1]
-            self._check_length(prompt_length, options)
-            answer_text = processor.answer_decoder(keep_grounding_tags=keep_grounding_tags)
-            tokens = {"eos_token_id": processor.stop_token_ids, "pad_token_id": processor.tokenizer.pad_token_id}
-            config = options.get("generation_config")
-            if config is None:
-                options = {**tokens, **options}
-            else:
-                config.update(**{name: value for name, value in tokens.items() if getattr(config, name) is None})
-            if options.get("stop_strings", getattr(config, "stop_strings", None)) is not None:
-                options.setdefault("tokenizer", processor.tokenizer)
-            if streamer is not None:
-                takes_text = callable(streamer) or hasattr(streamer, "on_finalized_text")
-                options["streamer"] = AnswerStreamer(streamer, answer_text) if takes_text else streamer
-            with evaluating(self):
-                sequences = self.generate(**inputs, **options)  # type: ignore[attr-defined]
-            answer = answer_text(sequences[0, prompt_length:].tolist())
+        prompt_length = inputs["input_ids"].shape[1]
+        self._check_length(prompt_length, options)
+        answer_text = processor.answer_decoder(keep_grounding_tags=keep_grounding_tags)
+        own = self.generation_config  # type: ignore[attr-defined]
+        stops = own.eos_token_id if isinstance(own.eos_token_id, list) else [own.eos_token_id]
+        stops = list(dict.fromkeys([*processor.stop_token_ids, *(token for token in stops if token is not None)]))
+        tokens = {"eos_token_id": stops, "pad_token_id": processor.tokenizer.pad_token_id}
+        config = options.get("generation_config")
+        if config is None:
+            options = {**tokens, **options}
+        else:
+            config.update(**{name: value for name, value in tokens.items() if getattr(config, name) is None})
+        if any(strings is not None for strings in (options.get("stop_strings"), own.stop_strings)) or (
+            config is not None and config.stop_strings is not None
+        ):
+            options.setdefault("tokenizer", processor.tokenizer)
+        if streamer is not None:
+            takes_text = callable(streamer) or hasattr(streamer, "on_finalized_text")
+            options["streamer"] = AnswerStreamer(streamer, answer_text) if takes_text else streamer
+        with evaluating(self):
+            sequences = self.generate(**inputs, **options)  # type: ignore[attr-defined]
+        answer = answer_text(sequences[0, prompt_length:].tolist())
         if not return_history:
             return answer
         return answer, _grown_history(history, asked, answer)
@@ -169,6 +209,11 @@ class MonoInternVLChatMixin:
             raise ValueError(
                 "chat does not run in float16, in which activations overflow to NaN: use bfloat16 or float32"
             )
+        casts = torch.amp.is_autocast_available(device.type) and torch.is_autocast_enabled(device.type)
+        if casts and torch.get_autocast_dtype(device.type) == torch.float16:
+            raise ValueError(
+                "chat does not run under autocast to float16, in which activations overflow to NaN: use bfloat16"
+            )
         if device.type == "cpu" and dtype == torch.bfloat16 and not cpu_has_bfloat16_units():
             logger.warning_once(
                 "this CPU has no bfloat16 matrix units, and chat is about four times faster here in float32: load the "
@@ -191,6 +236,7 @@ class MonoInternVLChatMixin:
         elif config is not None:
             raise TypeError(f"generation_config must be a GenerationConfig or a dict, not {type(config).__name__}")
         base = config if isinstance(config, GenerationConfig) else GenerationConfig()
+        own = self.generation_config  # type: ignore[attr-defined]
 
         def value_of(name: str) -> Any:
             return options.get(name, getattr(base, name, None))
@@ -199,12 +245,20 @@ class MonoInternVLChatMixin:
         richer += [name for name in ("num_return_sequences",) if (value_of(name) or 1) > 1]
         if richer:
             raise ValueError(f"chat returns one answer as text and has no place for {', '.join(richer)}: use generate")
+        # The model's own configuration may ask for them, for `generate`.
+        options |= {name: False for name in _RICHER_OUTPUTS if getattr(own, name, False)}
+        if (own.num_return_sequences or 1) > 1:
+            options["num_return_sequences"] = 1
         for name in ("max_new_tokens", "max_length"):
             length = value_of(name)
-            if length is not None and (not isinstance(length, int) or isinstance(length, bool) or length < 1):
+            if length is not None and (not isinstance(length, Integral) or isinstance(length, bool) or length < 1):
                 raise ValueError(f"{name} must be a whole number of at least 1, got {length!r}")
         if value_of("max_new_tokens") is None and value_of("max_length") is None and value_of("max_time") is None:
-            options["max_new_tokens"] = 1024
+            options["max_new_tokens"] = own.max_new_tokens or 1024
+        _check_stops(value_of("stop_strings"))
+        for name in ("stopping_criteria", "logits_processor"):
+            if not isinstance(options.get(name, []), (list, tuple)):
+                raise TypeError(f"{name} must be a list, not {type(options[name]).__name__}")
         options = _sampling_decided(options, base)
         if isinstance(config, GenerationConfig):
             # Beside a configuration transformers wants no options of one.
@@ -238,10 +292,11 @@ class MonoInternVLChatMixin:
                     try:
                         self._processor = MonoInternVLProcessor.from_pretrained(place, **options)
                         break
-                    except (OSError, ValueError):
+                    except (OSError, ValueError) as error:
                         # A folder of adapters need not hold a processor; its base does.
                         if number == len(places):
-                            raise
+                            kind = OSError if isinstance(error, OSError) else ValueError
+                            raise kind(f"{error}; save the processor beside the model, or pass it to chat") from error
             return self._processor
 
     def _processor_places(self) -> list[tuple[str, dict[str, Any]]]:
@@ -359,6 +414,19 @@ def _history_messages(history: Sequence[Any] | None) -> list[dict[str, Any]]:
     if _is_pair(history) and all(isinstance(item, str) for item in history):
         raise ValueError("history must be a list of (prompt, answer) pairs: put this one pair into a list")
     pairs = [_is_pair(turn) for turn in history]
+    if all(pairs) and all(isinstance(turn[0], str) and turn[0].lower() in _ROLES for turn in history):
+        raise ValueError(
+            f"history has (role, text) pairs, the first by {history[0][0]!r}; write messages "
+            "{'role': .., 'content': ..}, or (prompt, answer) pairs"
+        )
+    for number, turn in enumerate(history, start=1):
+        content = turn[0] if _is_pair(turn) else turn.get("content") if isinstance(turn, Mapping) else None
+        if isinstance(content, tuple) and content and all(isinstance(entry, str) for entry in content):
+            # Parts may be strings, but a tuple of them is how Gradio keeps a file; its path is no text.
+            raise ValueError(
+                f"entry {number} of the history holds {content!r}: a file is a part "
+                f"{{'type': 'image', 'image': {content[0]!r}}}, and several texts are a list"
+            )
     if not any(pairs):
         if not all(isinstance(turn, Mapping) or hasattr(turn, "role") for turn in history):
             raise ValueError(
@@ -433,8 +501,17 @@ def _sampling_decided(options: dict[str, Any], base: GenerationConfig) -> dict[s
 
     asked = [name for name in _SAMPLING if value_of(name) is not None]
     temperature, do_sample = value_of("temperature"), options.get("do_sample", base.do_sample)
-    if temperature is not None and not isinstance(temperature, (int, float)):
-        raise ValueError(f"temperature must be a number, got {temperature!r}")
+    if do_sample not in (None, True, False):
+        raise ValueError(f"do_sample must be True or False, got {do_sample!r}")
+    for name, value in (("temperature", temperature), ("top_p", value_of("top_p"))):
+        if value is not None and (not isinstance(value, Real) or isinstance(value, bool) or not math.isfinite(value)):
+            raise ValueError(f"{name} must be a number, got {value!r}")
+        if value is not None and value < 0:
+            raise ValueError(f"{name} must not be negative, got {value!r}")
+        if name in options and value is not None:
+            options = {**options, name: float(value)}
+    if (value_of("top_p") or 0.0) > 1:
+        raise ValueError(f"top_p is a share of the probability and at most 1, got {value_of('top_p')!r}")
     if temperature == 0:
         if do_sample:
             raise ValueError("temperature=0 takes the likeliest tokens and do_sample=True samples: give one of them")
@@ -448,6 +525,15 @@ def _sampling_decided(options: dict[str, Any], base: GenerationConfig) -> dict[s
         return {**options, "do_sample": True}
     # A checkpoint's sampling settings mean nothing here, and transformers would warn about them.
     return {**options, "do_sample": False, "temperature": None, "top_p": None, "top_k": None}
+
+
+def _check_stops(stops: Any) -> None:
+    """Raise ValueError unless it is a string, or several; an empty one would end every answer, or none."""
+    listed = [stops] if isinstance(stops, str) else stops
+    if listed is not None and (
+        not isinstance(listed, (list, tuple)) or not listed or not all(isinstance(s, str) and s for s in listed)
+    ):
+        raise ValueError(f"stop_strings must be a string or a list of strings, none of them empty, got {stops!r}")
 
 
 _PROCESSOR_LOCK = threading.Lock()
@@ -501,6 +587,22 @@ def _ended_on_failure(streamer: Any) -> Iterator[None]:
             with contextlib.suppress(Exception):
                 streamer.end()
         raise
+
+
+def _check_streamer(streamer: Any) -> None:
+    """Raise TypeError unless it is something that pieces of an answer, or ids, can be handed to."""
+    if streamer is None:
+        return
+    known = callable(streamer) or all(callable(getattr(streamer, name, None)) for name in ("put", "end"))
+    if isinstance(streamer, type) and hasattr(streamer, "end"):
+        what = f"the class {streamer.__name__}; make one"
+    elif not known:
+        what = type(streamer).__name__
+    elif inspect.iscoroutinefunction(streamer) or inspect.iscoroutinefunction(type(streamer).__call__):
+        what = "a coroutine function, which nobody would await"
+    else:
+        return
+    raise TypeError(f"streamer must be a text streamer or a callable that takes a string, not {what}")
 
 
 class AnswerStreamer:

@@ -765,7 +765,7 @@ class MonoInternVLModel(MonoInternVLPreTrainedModel):
             )
         self.vision_embeddings = MonoInternVLVisionEmbeddings(config.vision_config)
         self.multi_modal_projector = MonoInternVLMultiModalProjector(config)
-        self.language_model = MonoInternVLTextModel._from_config(config.text_config)
+        self.language_model = MonoInternVLTextModel(config.text_config)
         self.post_init()
 
     def get_input_embeddings(self) -> nn.Module:
@@ -777,7 +777,7 @@ class MonoInternVLModel(MonoInternVLPreTrainedModel):
     def get_decoder(self) -> nn.Module:
         return self.language_model
 
-    def set_decoder(self, decoder: nn.Module) -> None:
+    def set_decoder(self, decoder: Any) -> None:
         self.language_model = decoder
 
     @checked_keywords

@@ -121,6 +121,13 @@ def test_sampling_and_seeds(chat):
         (RED, "Q", ("Hi", "hello"), "put this one pair into a list"),
         (RED, "Q", [("a", "b", "c")], "pairs or of messages"),
         (RED, "Q", [("a", None)], "has no answer"),
+        (RED, "Q", [("user", "Hi"), ("assistant", "hello")], r"\(role, text\) pairs"),
+        (RED, "Q", [("human", "Hi"), ("AI", "hello")], r"\(role, text\) pairs"),
+        # Gradio's files, as it keeps them in pairs and in messages.
+        (RED, "Q", [(("/tmp/a.png",), "a circle")], "entry 1 of the history holds .*type': 'image'"),
+        (RED, "Q", [{"role": "user", "content": ("/tmp/a.png", "alt")}], "entry 1 of the history holds"),
+        (np.zeros((0, 8, 8, 3), np.uint8), "Q", None, "ndarray without a picture"),
+        (iter([]), "Q", None, "without a picture"),
     ],
 )
 def test_what_is_refused(chat, images, prompt, history, message):
@@ -217,6 +224,17 @@ def test_frames_as_one_array(chat):
         ({"temperature": 0.7, "do_sample": False}, ValueError, "temperature cannot matter"),
         ({"temperature": 0, "do_sample": True}, ValueError, "temperature=0"),
         ({"generation_config": {"max_new_token": 3}}, TypeError, "did you mean 'max_new_tokens'"),
+        ({"stop_strings": []}, ValueError, "stop_strings must be"),
+        ({"stop_strings": ["a", ""]}, ValueError, "stop_strings must be"),
+        ({"stop_strings": 5}, ValueError, "stop_strings must be"),
+        ({"stopping_criteria": print}, TypeError, "stopping_criteria must be a list"),
+        ({"do_sample": "yes"}, ValueError, "do_sample must be True or False"),
+        ({"temperature": float("nan")}, ValueError, "temperature must be a number"),
+        ({"temperature": -1}, ValueError, "temperature must not be negative"),
+        ({"top_p": 1.5}, ValueError, "top_p is a share"),
+        ({"streamer": []}, TypeError, "streamer must be"),
+        ({"streamer": TextIteratorStreamer}, TypeError, "the class TextIteratorStreamer"),
+        ({"num_patches_list": [1]}, TypeError, "not num_patches_list.*legacy.md"),
     ],
 )
 def test_an_option_is_honoured_or_refused(chat, options, error, message):
@@ -237,11 +255,45 @@ def test_options_that_work(chat):
         chat(RED, "What is it?", generation_config=GenerationConfig(max_new_tokens=3), max_new_tokens=8)
     chat(RED, "What is it?", stop_strings=["e"], max_new_tokens=8)
     assert chat(RED, "What is it?", system="Be short.", max_new_tokens=8) != ""
+    assert chat(RED, "What is it?", max_new_tokens=np.int64(8)) == greedy
+    chat(RED, "What is it?", temperature=np.float32(0.5), top_p=1, max_new_tokens=2)
+
+
+def test_what_the_models_own_configuration_asks_of_generate(model, chat):
+    """`generate` may return a dict and several answers; `chat` has one, cut at the configuration's stops."""
+    want, own = chat(RED, "What is it?", max_new_tokens=6), model.generation_config
+    try:
+        model.generation_config = GenerationConfig(
+            return_dict_in_generate=True, output_scores=True, num_beams=2, num_return_sequences=2, max_new_tokens=2
+        )
+        assert isinstance(chat(RED, "What is it?", max_new_tokens=6), str)
+        model.generation_config = GenerationConfig(stop_strings=[want[0]], max_new_tokens=2)
+        assert len(chat(RED, "What is it?", max_new_tokens=6)) < len(want)
+        model.generation_config = GenerationConfig(max_new_tokens=2)
+        assert chat(RED, "What is it?", max_new_tokens=None) == chat(RED, "What is it?", max_new_tokens=2)
+    finally:
+        model.generation_config = own
+    assert chat(RED, "What is it?", max_new_tokens=6) == want
+
+
+def test_float16_by_autocast_is_refused(chat):
+    with torch.autocast("cpu", dtype=torch.float16), pytest.raises(ValueError, match="autocast to float16"):
+        chat(RED, "What is it?")
+
+
+def test_a_configuration_makes_a_model_of_one_dtype(model):
+    """Also that of a loaded model, whose parts say their dtypes."""
+    config = copy.deepcopy(model.config)
+    config.text_config.dtype = torch.bfloat16
+    assert len({tensor.dtype for tensor in type(model)(config).parameters()}) == 1
 
 
 def test_the_released_way_of_calling_points_to_the_page(model, processor):
     for call in (
         lambda: model.chat(processor.tokenizer, None, "Hello", {"max_new_tokens": 2}),
+        # As VLMEvalKit calls it.
+        lambda: model.chat(processor.tokenizer, pixel_values=None, question="Hello", verbose=True),
+        lambda: model.chat(pixel_values=None, questions=["Hello"]),
         lambda: model.batch_chat(processor.tokenizer, None, ["Hello"], {}),
         lambda: model.extract_feature(torch.zeros(1, 3, 56, 56)),
     ):
@@ -250,7 +302,19 @@ def test_the_released_way_of_calling_points_to_the_page(model, processor):
 
 
 def test_a_failure_ends_a_waiting_streamer(chat, processor):
-    streamer = TextIteratorStreamer(processor.tokenizer, timeout=10)
-    with pytest.raises(ValueError):
-        chat([RED, BLUE], "<image> only", streamer=streamer)
-    assert "".join(streamer) == ""
+    for error, call in (
+        (ValueError, lambda streamer: chat([RED, BLUE], "<image> only", streamer=streamer)),
+        (TypeError, lambda streamer: chat(RED, streamer=streamer)),
+        (TypeError, lambda streamer: chat(RED, question="Q", streamer=streamer)),
+        (ValueError, lambda streamer: chat(RED, "Q", num_beams=2, streamer=streamer)),
+    ):
+        streamer = TextIteratorStreamer(processor.tokenizer, timeout=10)
+        with pytest.raises(error):
+            call(streamer)
+        assert "".join(streamer) == ""
+
+
+def test_a_history_as_an_array(chat):
+    pairs = [("Hi", "hello")]
+    want = chat(None, "And?", history=pairs, return_history=True)
+    assert chat(None, "And?", history=np.array(pairs, dtype=object), return_history=True) == want
