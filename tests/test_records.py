@@ -473,6 +473,8 @@ class Failing:
         TypeError,
         RecursionError,
         StopAsyncIteration,
+        GeneratorExit,
+        MemoryError,
         OSError,
     )
 

@@ -142,6 +142,10 @@ def test_every_recipe_loads_and_the_released_numbers_stand_in_them():
         ({"schedule": "cosin"}, ("schedule", "cosine")),
         ({"steps": "many"}, ("steps", "many", "int")),
         ({"steps": 0}, ("steps", "positive")),
+        ({"learning_rate": "nan"}, ("learning_rate", "positive")),
+        ({"log_steps": 0}, ("log_steps", "at least 1")),
+        ({"workers": -1}, ("workers", "negative")),
+        ({"max_bad_share": 5}, ("max_bad_share", "between 0 and 1")),
         ({"batch_size": 10, "accumulation": 4}, ("batch_size", "10", "4")),
         ({"data": "[]"}, ("data",)),
     ],
@@ -577,6 +581,10 @@ def test_bad_samples_are_skipped_on_request_and_too_many_fail(tmp_path, folder, 
     assert "line 25 (id x)" in caplog.text
     (tmp_path / "mixed.jsonl").write_text("\n".join([broken] * 3))
     assert "were bad" in error_of(run_stage, path, runs=tmp_path / "c")
+    # Too few samples to say so while it runs.
+    path = recipe(tmp_path, folder, data, **{**common, "steps": 1}, on_bad_sample="skip", max_bad_share=1.0)
+    assert "4 of 4 samples were bad, nothing was learnt" in error_of(run_stage, path, runs=tmp_path / "d")
+    assert not (tmp_path / "d").joinpath(path.stem, "model").exists()
 
 
 @pytest.mark.parametrize(

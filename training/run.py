@@ -128,6 +128,10 @@ def run_stage(
     read, bad = trainer.count_samples()
     if bad:
         tell(f"{bad} of {read} samples were left out; the log names them")
+        # While it runs a few are let pass, as at first their share means nothing; now it is known.
+        if bad == read or bad > max(stage.max_bad_share * read, 1):
+            limit = "nothing was learnt" if bad == read else f"more than {stage.max_bad_share:.1%}"
+            raise ValueError(f"{bad} of {read} samples were bad, {limit}: no model is written")
     if rank == 0:
         # Beside the checkpoints: TensorBoard's files are for its own eyes.
         write_json(folder / "log.json", trainer.state.log_history)

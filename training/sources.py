@@ -37,13 +37,14 @@ _META_OFF = ("data_augment",)
 def reading(where: str) -> Iterator[None]:
     """Whatever goes wrong while a record is read becomes a `BadSample` that names it.
 
-    Every exception: a `StopIteration` from a record would end an epoch, and an `IndexError` a loop, without a word.
+    Every exception: a `StopIteration` from a record would end an epoch, an `IndexError` a loop, a `GeneratorExit` the
+    generator that reads, without a word.
     """
     try:
         yield
     except BadSample:
         raise
-    except Exception as error:
+    except (Exception, GeneratorExit) as error:
         plain = isinstance(error, (ValueError, OSError)) and str(error)
         raise BadSample(f"{where}: {error if plain else repr(error)}") from error
 

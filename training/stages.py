@@ -8,6 +8,7 @@ Every key is a field of `Stage`, and nothing else is accepted. A recipe may star
 
 import dataclasses
 import difflib
+import math
 import types
 import typing
 from collections.abc import Mapping
@@ -117,8 +118,17 @@ class Stage:
             raise ValueError("give one of steps and epochs")
         for key in ("steps", "epochs", "batch_size", "accumulation", "max_tiles", "max_length", "learning_rate"):
             value = getattr(self, key)
-            if value is not None and value <= 0:
+            if value is not None and not 0 < value < math.inf:
                 raise ValueError(f"{key}: {value} must be positive")
+        for key in ("log_steps", "save_steps", "keep_checkpoints"):
+            if getattr(self, key) < 1:
+                raise ValueError(f"{key}: {getattr(self, key)} must be at least 1")
+        for key in ("workers", "warmup", "weight_decay", "max_grad_norm"):
+            if not getattr(self, key) >= 0:
+                raise ValueError(f"{key}: {getattr(self, key)} must not be negative")
+        for key in ("max_bad_share", "drop_path", "min_lr_rate"):
+            if not 0 <= getattr(self, key) <= 1:
+                raise ValueError(f"{key}: {getattr(self, key)} must be between 0 and 1")
         if self.batch_size % self.accumulation:
             raise ValueError(f"batch_size: {self.batch_size} must be a multiple of accumulation {self.accumulation}")
         if self.lora and self.trains:

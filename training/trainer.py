@@ -99,7 +99,7 @@ class EViPTrainer(Trainer):
             self.bad_samples += len(bad)
             for message in bad:
                 logger.warning("left out: %s", message)
-        if self.bad_samples > max(self.max_bad_share * self.samples_read, self.max_bad_share * 100):
+        if self.bad_samples > self.max_bad_share * max(self.samples_read, 100):
             raise ValueError(
                 f"{self.bad_samples} of {self.samples_read} samples were bad, more than {self.max_bad_share:.1%}; "
                 "the log names them"
