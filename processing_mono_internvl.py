@@ -9,27 +9,30 @@ as the finished string would be.
 A string that comes already rendered (`processor(text=...)`) is trusted.
 """
 
-import base64
-import binascii
+import functools
+import inspect
 import itertools
 import json
 import logging
 import os
 import re
 import tempfile
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import jinja2
+import jinja2.meta
 import torch
-from transformers import AutoTokenizer, PreTrainedConfig
+from transformers import AutoTokenizer, GenerationConfig, PreTrainedConfig
 from transformers.feature_extraction_utils import BatchFeature
-from transformers.processing_utils import MultiModalData, ProcessorMixin
+from transformers.processing_utils import AudioKwargs, MultiModalData, ProcessorMixin, TextKwargs, VideosKwargs
+from transformers.utils.chat_template_utils import render_jinja_template
 from transformers.utils.hub import cached_file
 
-from .image_processing_mono_internvl import MonoInternVLImageProcessor, flatten_pictures
-from .prompt_mono_internvl import IMAGE_MARK, marked_parts
+from .compat_mono_internvl import check_keywords
+from .image_processing_mono_internvl import MonoInternVLImageProcessor, MonoInternVLImagesKwargs, flatten_pictures
+from .prompt_mono_internvl import IMAGE_MARK, check_message_keys, marked_parts, read_messages, read_tools
 from .vocabulary_mono_internvl import (
     IMAGE_END,
     IMAGE_START,
@@ -46,7 +49,8 @@ logger = logging.getLogger(__name__)
 # Candidates for the marks around typed text: characters without a meaning of their own.
 _PRIVATE_USE = (range(0xE000, 0xF900), range(0xF0000, 0xFFFFE), range(0x100000, 0x10FFFE))
 
-_IMAGE_OPTIONS = ("min_tiles", "max_tiles", "use_thumbnail", "do_normalize", "max_pixels")
+_TILE_OPTIONS = ("min_tiles", "max_tiles", "use_thumbnail")
+_IMAGE_OPTIONS = frozenset(MonoInternVLImagesKwargs.__annotations__) - {"return_tensors"}
 _TEXT_OPTIONS = (
     "add_special_tokens",
     "padding",
@@ -57,7 +61,24 @@ _TEXT_OPTIONS = (
     "return_mm_token_type_ids",
     "return_attention_mask",
 )
-_GROUPED_OPTIONS = ("common_kwargs", "images_kwargs", "text_kwargs")
+_GROUPED_OPTIONS = ("common_kwargs", "images_kwargs", "text_kwargs", "videos_kwargs", "audio_kwargs")
+_OPTIONS = frozenset({*_IMAGE_OPTIONS, *_TEXT_OPTIONS, "return_tensors"})
+# What a person may mean; named where an option is not known.
+_SAID = ("max_pixels", "do_normalize", *_TILE_OPTIONS, *_TEXT_OPTIONS, "return_tensors", "images")
+# What a tokenizer may have been made with, as a default of its own.
+_TOKENIZER_DEFAULTS = ("padding", "max_length", "truncation", "pad_to_multiple_of")
+# transformers' names for what this processor does not give. Its pipelines and trainers send them along unset.
+_UNREAD = frozenset({*VideosKwargs.__annotations__, *AudioKwargs.__annotations__, "videos", "audio"})
+_UNREAD |= {"load_audio_from_video", "return_metadata", "use_audio_in_video", "fps", "num_frames"}
+_UNREAD -= _OPTIONS
+_UNWRITTEN = frozenset({*TextKwargs.__annotations__, "return_text_replacement_offsets"}) - _OPTIONS
+_PADDINGS = (True, False, "longest", "max_length", "do_not_pad")
+_TRUNCATIONS = (True, False, "longest_first", "only_first", "do_not_truncate")
+_IGNORED_ONCE: set[str] = set()
+
+# A template says by these which of its text is an answer.
+_GENERATION = re.compile(r"\{%([-+]?)\s*(end)?generation\s*([-+]?)%\}")
+_OPENS, _CLOSES = "mono_internvl_answer_opens", "mono_internvl_answer_closes"
 
 # No tag reaches over another of its kind, so that an unfinished one does not swallow the next.
 _GROUNDED = re.compile(r"(?:<ref>((?:(?!</?ref>).)*)</ref>\s*)?<box>((?:(?!</?box>).)*)</box>", re.DOTALL)
@@ -65,10 +86,12 @@ _FOUR_NUMBERS = re.compile(r"\[\s*" + r"\s*,\s*".join([r"(-?\d+(?:\.\d+)?)"] * 4
 
 
 class Segment(NamedTuple):
-    """A stretch of a rendered prompt. `origin`: template, user (anyone's typed text) or answer (the assistant's)."""
+    """A stretch of a rendered prompt. `origin`: template, user (anyone's typed text) or answer (the assistant's typed
+    text). `learnt`: whether the template says that an assistant writes it; None where it says nothing of the kind."""
 
     text: str
     origin: str
+    learnt: bool | None = None
 
 
 class GroundedBox(NamedTuple):
@@ -134,8 +157,17 @@ class MonoInternVLProcessor(ProcessorMixin):
     @classmethod
     def _get_arguments_from_pretrained(cls, pretrained_model_name_or_path, processor_dict=None, **kwargs):  # type: ignore[no-untyped-def]
         """Our two parts, from a native folder or an official one. (Asked for by name: transformers' automatic image
-        processor class wants torchvision before 5.18, and an official folder names code that is not ours.)"""
-        kwargs = {name: value for name, value in kwargs.items() if name not in ("trust_remote_code", "_from_auto")}
+        processor class wants torchvision before 5.18, and an official folder names code that is not ours.)
+
+        Raises:
+            TypeError: an option that neither part knows; names the nearest known one.
+        """
+        kwargs = {name: value for name, value in kwargs.items() if value is not None and not name.startswith("_")}
+        check_keywords(
+            f"{cls.__name__}.from_pretrained",
+            [name for name in kwargs if name not in _LOADING_OPTIONS],
+            [*_image_processor_options(), *_TOKENIZER_OPTIONS, "chat_template", "revision", "subfolder"],
+        )
         return [
             load_image_processor(pretrained_model_name_or_path, **kwargs),
             _load_tokenizer(pretrained_model_name_or_path, **kwargs),
@@ -161,30 +193,36 @@ class MonoInternVLProcessor(ProcessorMixin):
 
         Args:
             images: a picture, a list for one prompt or for all in order, or one list per prompt.
-            text: one or several prompts; each `<IMG_CONTEXT>` (or a run of them, already expanded) is a picture.
-                Control tokens in it are recognised: use `apply_chat_template` for text that people typed.
+            text: one or several prompts; each `<IMG_CONTEXT>` is a picture, with `<img>` and `</img>` around it or
+                without, and so is a run of as many as the picture has visual tokens. Control tokens in it are
+                recognised: use `apply_chat_template` for text that people typed.
             return_tensors: `"pt"`, `"np"` or None.
             max_tiles, min_tiles, use_thumbnail, do_normalize, max_pixels: see the image processor; the pictures of one
                 prompt share `max_tiles`, each gets max(1, max_tiles // pictures).
             padding, padding_side, max_length, truncation, pad_to_multiple_of, add_special_tokens: as in tokenizers;
-                several prompts as tensors are padded by default, on the tokenizer's side (left).
+                several prompts as tensors are padded by default, on the tokenizer's side (left). Padding to
+                `max_length` without one pads to the tokenizer's.
             return_mm_token_type_ids: add `mm_token_type_ids`, 1 at visual tokens.
+            common_kwargs, images_kwargs, text_kwargs: the same options in groups.
+            device: where `pixel_values` go.
 
         Returns:
             `input_ids`, `attention_mask` int64 [B, T], and, with pictures, `pixel_values` [tiles, patches, 3*28*28].
             Without text only `pixel_values`, each picture with a whole budget of tiles.
 
         Raises:
-            ValueError: placeholders and pictures differ in number, truncation would cut a picture, unknown option.
+            TypeError: an unknown option; names the nearest known one.
+            ValueError: placeholders and pictures differ in number, truncation would cut a picture, an option of a wrong
+                value, in the wrong group, or given twice.
         """
         if text is None and images is None:
             raise ValueError("give text, images or both")
-        options = self._collect_options(kwargs)
-        return_tensors = options.pop("return_tensors", return_tensors)
+        options = self._collect_options({"return_tensors": return_tensors, **kwargs}, "the processor")
+        return_tensors = options.pop("return_tensors", None)
         if text is None:
             image_options = {key: options[key] for key in _IMAGE_OPTIONS if key in options}
             features = self.image_processor(images, return_tensors=return_tensors, **image_options)
-            return BatchFeature({"pixel_values": features["pixel_values"]})
+            return BatchFeature({"pixel_values": self._placed(features["pixel_values"], options)})
         texts = [text] if isinstance(text, str) else list(text)
         if not texts or not all(isinstance(prompt, str) for prompt in texts):
             raise ValueError("text must be a string or a list of at least one string")
@@ -204,54 +242,82 @@ class MonoInternVLProcessor(ProcessorMixin):
         return_dict: bool = False,
         return_tensors: str | None = None,
         return_assistant_tokens_mask: bool = False,
+        tools: Any = None,
+        documents: Any = None,
+        images: Any = None,
+        add_generation_prompt: bool = False,
+        continue_final_message: bool | str = False,
         processor_kwargs: dict[str, Any] | None = None,
         **kwargs: Any,
     ):
         """Render a conversation, and with `tokenize=True` encode it with its pictures.
 
         Args:
-            conversation: messages `{"role", "content"}`, or a list of such lists. Content is a string or a list of
-                `{"type": "text", "text"}`, `{"type": "image", "image" | "url" | "path" | "base64"}` and OpenAI's
-                `{"type": "image_url", "image_url"}`. With `tokenize=True` typed text, that of `documents` included,
-                never becomes a control token; `<ref>`, `<box>` and `<quad>` are content and do.
-            return_assistant_tokens_mask: add `assistant_masks`, 1 at each answer and its `<|im_end|>`.
+            conversation: messages `{"role", "content"}`, or a list of such lists; `read_messages` says in which forms.
+                Content is a string or a list of `{"type": "text", "text"}` and `{"type": "image", "image" | "url" |
+                "path" | "base64"}`; several pictures in one part (frames, a list) are a part each. With `tokenize=True`
+                typed text, that of tools and documents included, never becomes a control token; `<ref>`, `<box>`,
+                `<quad>` and tokens that were added to the tokenizer are content and do.
+            chat_template: another template than the processor's own.
+            return_assistant_tokens_mask: add `assistant_masks`, 1 where the template says that an assistant writes
+                (`{% generation %}`; else at each answer and its `<|im_end|>`), pictures excepted.
+            tools: schemas or Python functions, written as InternLM2 has them.
+            documents: for templates that have a place for them.
+            images: pictures for parts that hold none, in order; one list per conversation where there are several.
+            add_generation_prompt: open the answer.
+            continue_final_message: leave the last message open, to be continued.
             processor_kwargs: options of `__call__`; they may also be given directly.
-            **kwargs: `add_generation_prompt`, `continue_final_message`, and the template's own variables.
+            **kwargs: the template's own variables.
 
         Returns:
             The rendered string(s); with `tokenize=True` the `input_ids`, or with `return_dict=True` all inputs; one
             conversation is a batch of one.
 
         Raises:
-            ValueError: a message the template refuses or that is not of the form above, or what `__call__` refuses.
+            TypeError: an option that neither `__call__` nor the template knows; names the nearest known one.
+            ValueError: a message that is not understood or that the template refuses or would leave something out of,
+                tools or documents for a template without a place for them, or what `__call__` refuses.
         """
-        known = (*_IMAGE_OPTIONS, *_TEXT_OPTIONS, *_GROUPED_OPTIONS)
-        direct = {name: kwargs.pop(name) for name in known if name in kwargs}
-        # Newer transformers sanitise on request; here it is always so.
-        kwargs.pop("sanitize_control_tokens", None)
-        if not isinstance(conversation, (list, tuple)):
-            raise ValueError(f"a conversation is a list of messages, not {type(conversation).__name__}")
-        batched = bool(conversation) and isinstance(conversation[0], (list, tuple))
-        conversations = conversation if batched else [conversation]
+        source = self._template_source(chat_template)
+        given, variables = self._sort_keywords(kwargs, _template_variables(source))
+        given = {"return_tensors": None if return_tensors == "auto" else return_tensors, **given}
+        processor_kwargs = dict(processor_kwargs or {})
+        beside = processor_kwargs.pop("images", None)
+        if images is not None and beside is not None:
+            raise ValueError("images are given twice, directly and in processor_kwargs")
+        options = self._collect_options(
+            {**given, "processor_kwargs": processor_kwargs},
+            "apply_chat_template",
+            (*_ALWAYS_VARIABLES, "chat_template", "return_dict", "return_assistant_tokens_mask"),
+        )
+        if continue_final_message and add_generation_prompt:
+            raise ValueError(
+                "continue_final_message goes on with the last message and add_generation_prompt begins one"
+            )
+        if return_assistant_tokens_mask and tokenize and not return_dict:
+            raise ValueError("assistant_masks are returned beside the ids: give return_dict=True")
+        variables["add_generation_prompt"] = add_generation_prompt
+        variables["continue_final_message"] = continue_final_message
+        variables.update(self._extras(source, tools, documents))
+        conversations, batched = _conversations(conversation)
+        found = self._read(conversations, batched, images if beside is None else beside, source)
         if not tokenize:
-            rendered = [self._render(messages, chat_template, kwargs) for messages in conversations]
+            rendered = [_render(self.tokenizer, messages, source, variables) for messages, _ in found]
             return rendered if batched else rendered[0]
-        options = self._collect_options({**direct, **(processor_kwargs or {})})
-        return_tensors = options.pop("return_tensors", return_tensors)
+        return_tensors = options.pop("return_tensors", None)
         add_bos = options.pop("add_special_tokens", True)
+        vocabulary = self._vocabulary(source)
         prompts, pictures = [], []
-        for messages in conversations:
-            messages, images = _take_images(messages)
-            prompt = self._render_by_origin(messages, chat_template, kwargs)
+        for number, (messages, sources) in enumerate(found, start=1):
+            missing = [place for place, picture in sources if picture is None]
+            if missing:
+                where = f"conversation {number}, {missing[0]}" if batched else missing[0]
+                raise ValueError(f"{where}: an image part needs one of 'image', 'url', 'path' and 'base64', or images=")
+            prompt = self._render_by_origin(messages, source, variables, vocabulary, return_assistant_tokens_mask)
             prompts.append(self._with_bos(prompt) if add_bos else prompt)
-            pictures.append(images)
+            pictures.append([picture for _, picture in sources])
         inputs = self._encode_batch(
-            prompts,
-            pictures,
-            options,
-            None if return_tensors == "auto" else return_tensors,
-            self._vocabulary(chat_template),
-            answer_mask=return_assistant_tokens_mask,
+            prompts, pictures, options, return_tensors, vocabulary, answer_mask=return_assistant_tokens_mask
         )
         return inputs if return_dict else inputs["input_ids"]
 
@@ -277,54 +343,131 @@ class MonoInternVLProcessor(ProcessorMixin):
         tokens: list[int] | None,
     ) -> list[int]:
         """One conversation's ids, pictures unopened; `tokens` as for `_encode`."""
-        copies, _ = _take_images(messages, with_sources=False)
-        prompt = self._with_bos(self._render_by_origin(copies, chat_template, variables))
-        return self._encode(prompt, tokens, self._vocabulary(chat_template))[0]
+        source = self._template_source(chat_template)
+        variables = {name: value for name, value in variables.items() if value is not None}
+        check_keywords("the chat template", variables, [*_template_variables(source), *_ALWAYS_VARIABLES])
+        extras = self._extras(source, variables.pop("tools", None), variables.pop("documents", None))
+        variables = {**variables, **extras}
+        ((plain, _),) = self._read([messages], False, None, source)
+        vocabulary = self._vocabulary(source)
+        prompt = self._with_bos(self._render_by_origin(plain, source, variables, vocabulary))
+        return self._encode(prompt, tokens, vocabulary)[0]
 
-    def _render(self, messages: Sequence[dict[str, Any]], chat_template: str | None, variables: dict[str, Any]) -> str:
-        """Render one conversation, which may be empty; it is not changed."""
-        # Older transformers write into the messages.
-        copies = [dict(message) if isinstance(message, dict) else message for message in messages]
-        try:
-            return super().apply_chat_template([copies], chat_template, tokenize=False, **variables)[0]
-        except jinja2.TemplateError as error:
-            raise ValueError(f"the chat template refuses the conversation: {error}") from error
+    def _template_source(self, chosen: str | None) -> str:
+        """The text of the template that is meant: one of the processor's by its name, or `chosen` itself."""
+        own = self.chat_template
+        if isinstance(own, dict):
+            if chosen is not None and chosen not in own:
+                return chosen
+            if (chosen or "default") not in own:
+                raise ValueError(f"there are several chat templates; name one of {', '.join(own)} by chat_template")
+            return own[chosen or "default"]
+        if chosen is None and own is None:
+            raise ValueError("this processor has no chat template; give one by chat_template")
+        return (own or "") if chosen is None else chosen
+
+    def _extras(self, source: str, tools: Any, documents: Any) -> dict[str, Any]:
+        """Tools and documents as a template gets them.
+
+        Raises:
+            ValueError: it would leave them out.
+        """
+        extras = {"tools": read_tools(tools), "documents": None if documents is None else list(documents) or None}
+        for name, value in extras.items():
+            if value is not None and name not in _template_variables(source):
+                raise ValueError(
+                    f"the chat template has no place for {name}; leave them out, or give a template that has one"
+                )
+        return {name: value for name, value in extras.items() if value is not None}
+
+    def _read(
+        self, conversations: Sequence[Any], batched: bool, images: Any, source: str
+    ) -> list[tuple[list[dict[str, Any]], list[tuple[str, Any]]]]:
+        """Plain messages of each conversation, with a part for each picture, and where the pictures stand and what they
+        are (None where that is not said)."""
+        read = [read_messages(messages) for messages in conversations]
+        for messages in read:
+            check_message_keys(messages, functools.partial(_template_reads, source))
+        found = [_take_images(messages) for messages in read]
+        if images is None:
+            return found
+        groups = [images]
+        if batched:
+            if not isinstance(images, (list, tuple)) or len(images) != len(found):
+                raise ValueError(f"images must be one list per conversation, {len(found)} of them")
+            groups = list(images)
+        filled = []
+        for (messages, sources), group in zip(found, groups, strict=True):
+            left = [] if group is None else flatten_pictures(group)
+            wanted = sum(picture is None for _, picture in sources)
+            if wanted != len(left):
+                raise ValueError(f"{wanted} image parts without a picture for {len(left)} images; they must match")
+            given = iter(left)
+            filled.append((messages, [(at, next(given) if picture is None else picture) for at, picture in sources]))
+        return filled
 
     def _render_by_origin(
-        self, messages: list[dict[str, Any]], chat_template: str | None, variables: dict[str, Any]
+        self,
+        messages: list[dict[str, Any]],
+        source: str,
+        variables: dict[str, Any],
+        vocabulary: Vocabulary,
+        answer_mask: bool = False,
     ) -> list[Segment]:
-        """Render one conversation and tell what of it was typed, and by whom.
+        """Render one conversation and tell what of it was typed, and by whom; with `answer_mask` also what the template
+        says that an assistant writes.
 
         Typed text is rendered between marks. They must not change what the template does, so the result is compared
         with the plain one. White space at the ends, which templates look at and trim, stays outside of the marks; an
         answer's is first tried inside, because it belongs to the answer.
         """
-        control = self._vocabulary(chat_template).control_pattern
+        control = vocabulary.control_pattern
         for message in messages:
             if control.search(message["role"]):
                 raise ValueError(f"a message's role holds a control token: {message['role']!r}")
-        plain = self._render(messages, chat_template, variables)
-        documents = variables.get("documents")
-        user, assistant, close = _unused_characters(3, [plain, *_strings(messages), *_strings(documents)])
+        plain = _render(self.tokenizer, messages, source, variables)
+        with_answers = _with_answer_marks(source) if answer_mask else None
+        user, assistant, close, opens, closes = _unused_characters(
+            5, [plain, *_strings(messages), *_strings(variables)]
+        )
+        learnt = {opens: True, closes: False} if with_answers else {}
+
+        def marked(value: Any, opening: str, trimmed: bool, sparing: bool = False) -> Any:
+            """`sparing`: mark only what holds a control token, because the template may compare the others."""
+            if isinstance(value, str):
+                if sparing and not control.search(value):
+                    return value
+                body = value.strip() if trimmed or opening == user else value
+                before, _, after = value.partition(body) if body else (value, "", "")
+                return f"{before}{opening}{body}{close}{after}" if body else value
+            if isinstance(value, (list, tuple)):
+                return [marked(item, opening, trimmed, sparing) for item in value]
+            if isinstance(value, Mapping):
+                return {
+                    marked(key, user, True, True): marked(
+                        item, opening, trimmed, sparing or (isinstance(item, str) and key in ("role", "type"))
+                    )
+                    for key, item in value.items()
+                }
+            return value
+
+        content: dict[str, Any] = {
+            name: marked(variables[name], user, True) for name in ("tools", "documents") if name in variables
+        }
+        others = {name: marked(value, user, True, True) for name, value in variables.items() if name not in content}
+        if with_answers:
+            others.update({_OPENS: opens, _CLOSES: closes})
         for trimmed in (False, True):
-
-            def marked(value: Any, opening: str, trimmed: bool = trimmed) -> Any:
-                if isinstance(value, str):
-                    body = value.strip() if trimmed or opening == user else value
-                    before, _, after = value.partition(body) if body else (value, "", "")
-                    return f"{before}{opening}{body}{close}{after}" if body else value
-                if isinstance(value, (list, tuple)):
-                    return [marked(item, opening) for item in value]
-                if isinstance(value, dict):
-                    return {k: v if k in ("role", "type") else marked(v, opening) for k, v in value.items()}
-                return value
-
-            rendered = self._render(
-                [marked(message, assistant if message["role"] == "assistant" else user) for message in messages],
-                chat_template,
-                variables if documents is None else {**variables, "documents": marked(documents, user)},
+            rendered = _render(
+                self.tokenizer,
+                [
+                    marked(message, assistant if message["role"] == "assistant" else user, trimmed)
+                    for message in messages
+                ],
+                with_answers or source,
+                {**others, **content},
             )
-            segments = _split_at_marks(rendered, {user: "user", assistant: "answer"}, close)
+            segments = _split_at_marks(rendered, {user: "user", assistant: "answer"}, close, learnt)
             if segments is not None and "".join(segment.text for segment in segments) == plain:
                 return segments
         raise ValueError(
@@ -360,23 +503,75 @@ class MonoInternVLProcessor(ProcessorMixin):
                 messages.append({"role": "assistant", "content": [{"type": "text", "text": answer}]})
         return messages
 
-    def _collect_options(self, given: dict[str, Any]) -> dict[str, Any]:
-        """Flat and grouped options as one dict; an unknown one is an error."""
+    def _sort_keywords(self, given: dict[str, Any], variables: frozenset[str]) -> tuple[dict[str, Any], dict[str, Any]]:
+        """Keywords of `apply_chat_template`: options of `__call__`, and variables that the template reads."""
+        for_template = {name: value for name, value in given.items() if name in variables}
+        # Newer transformers sanitise on request; here it is always so.
+        options = {k: v for k, v in given.items() if k not in variables and k != "sanitize_control_tokens"}
+        return options, for_template
+
+    def _collect_options(self, given: dict[str, Any], what: str, said: Iterable[str] = ()) -> dict[str, Any]:
+        """Flat and grouped options as one dict; None is as good as not given. `said`: what else may have been meant.
+
+        Raises:
+            TypeError: an unknown option. ValueError: given twice, or something that this processor does not give.
+        """
+        groups = {name: given.pop(name) or {} for name in (*_GROUPED_OPTIONS, "processor_kwargs") if name in given}
+        if "processor_kwargs" in groups:
+            inner = dict(groups.pop("processor_kwargs"))
+            for name in _GROUPED_OPTIONS:
+                if inner.get(name):
+                    if groups.get(name):
+                        raise ValueError(f"{name} is given twice, directly and in processor_kwargs")
+                    groups[name] = inner[name]
+                inner.pop(name, None)
+            groups["processor_kwargs"] = inner
         options: dict[str, Any] = {}
-        for name, value in given.items():
-            if name in _GROUPED_OPTIONS:
-                options.update(value or {})
-        options.update({name: value for name, value in given.items() if name not in _GROUPED_OPTIONS})
-        # What transformers' pipelines and trainers send along without a meaning here.
-        for name in ("videos", "audio", "return_token_type_ids", "device"):
-            if options.get(name) is None or name in ("return_token_type_ids", "device"):
-                options.pop(name, None)
-        unknown = [name for name in options if name not in (*_IMAGE_OPTIONS, *_TEXT_OPTIONS, "return_tensors")]
-        if unknown:
-            raise ValueError(
-                f"unknown option {', '.join(unknown)}; allowed are {', '.join((*_IMAGE_OPTIONS, *_TEXT_OPTIONS))}"
-            )
+        for place, group in {"": given, **groups}.items():
+            if not isinstance(group, Mapping):
+                raise ValueError(f"{place} must be a dict of options, not {type(group).__name__}")
+            own = {"images_kwargs": _IMAGE_OPTIONS, "text_kwargs": _TEXT_OPTIONS}.get(place, _OPTIONS)
+            for name, value in group.items():
+                if place in ("videos_kwargs", "audio_kwargs") and value is not None:
+                    raise ValueError(f"{name} in {place}: videos and sound are not read; give frames as pictures")
+                if not _is_read(name, value, place or what, said):
+                    continue
+                if name not in own and name != "return_tensors":
+                    raise ValueError(f"{name} does not belong into {place}; give it directly")
+                if name in options and options[name] != value:
+                    raise ValueError(f"{name} is given twice, {options[name]!r} and {value!r} in {place}")
+                options[name] = value
+        return_tensors = options.get("return_tensors")
+        if return_tensors not in (None, "pt", "np"):
+            raise ValueError(f"return_tensors={return_tensors!r} is not known; allowed are 'pt', 'np' and None")
+        made_with = getattr(self.tokenizer, "init_kwargs", {})
+        defaults = {name: made_with[name] for name in _TOKENIZER_DEFAULTS if made_with.get(name) is not None}
+        padding = options.get("padding", defaults.get("padding"))
+        if "max_length" in options and "truncation" not in options and padding != "max_length":
+            raise ValueError("max_length alone changes nothing: give truncation=True, or padding='max_length'")
+        unusual = {name: options[name] for name in options if name in _IMAGE_OPTIONS and name not in _SAID}
+        if unusual:
+            self.image_processor([], **unusual)  # refuses what it would refuse beside a picture
+        options = {**defaults, **options}
+        self._check_lengths(options)
         return options
+
+    @staticmethod
+    def _check_lengths(options: dict[str, Any]) -> None:
+        for name, allowed in (("padding", _PADDINGS), ("truncation", _TRUNCATIONS)):
+            if name in options and options[name] not in allowed:
+                raise ValueError(f"{name}={options[name]!r} is not known; allowed are {', '.join(map(str, allowed))}")
+        if options.get("padding_side") not in (None, "left", "right"):
+            raise ValueError(f"padding_side={options['padding_side']!r} is not known; allowed are left and right")
+        for name in ("max_length", "pad_to_multiple_of"):
+            value = options.get(name)
+            if value is not None and (not isinstance(value, int) or isinstance(value, bool) or value < 1):
+                raise ValueError(f"{name} must be a whole number of at least 1, got {value!r}")
+
+    @staticmethod
+    def _placed(pixels: Any, options: dict[str, Any]) -> Any:
+        device = options.get("device")
+        return pixels.to(device) if device is not None and isinstance(pixels, torch.Tensor) else pixels
 
     def _per_prompt(self, images: Any, prompts: list[list[Segment]]) -> list[list[Any] | None]:
         """Deal pictures out to prompts; None for a prompt means that its pictures were not given at all."""
@@ -393,7 +588,10 @@ class MonoInternVLProcessor(ProcessorMixin):
         images = flatten_pictures(images)
         if len(prompts) == 1:
             return [images]
-        wanted = [sum(len(_runs(segment.text)) for segment in prompt) for prompt in prompts]
+        runs = [[len(run) for segment in prompt for run in _runs(segment.text)] for prompt in prompts]
+        wanted = [sum(lengths) for lengths in runs]
+        if sum(wanted) != len(images):
+            wanted = [len(lengths) for lengths in runs]  # expanded already
         if sum(wanted) != len(images):
             raise ValueError(
                 f"{sum(wanted)} image placeholders in the prompts for {len(images)} pictures; they must match"
@@ -414,12 +612,16 @@ class MonoInternVLProcessor(ProcessorMixin):
         image_options = {key: options[key] for key in _IMAGE_OPTIONS if options.get(key) is not None}
         rows: dict[str, list[list[int]]] = {"input_ids": [], "assistant_masks": []}
         pixels = []
-        for prompt, images in zip(prompts, pictures, strict=True):
+        for number, (prompt, images) in enumerate(zip(prompts, pictures, strict=True), start=1):
             tokens = None
             if images:
-                features = self.image_processor(
-                    images, return_tensors="pt", **self.share_tiles(image_options, len(images))
-                )
+                shared = self.share_tiles(image_options, len(images))
+                try:
+                    features = self.image_processor(images, return_tensors="pt", **shared)
+                except (OSError, TypeError, ValueError) as error:
+                    if len(prompts) == 1:
+                        raise
+                    raise _of_prompt(error, number, len(prompts)) from error
                 pixels.append(features["pixel_values"])
                 tokens = [int(tiles) * self.tokens_per_tile for tiles in features["num_tiles"]]
             elif images is not None:
@@ -439,7 +641,7 @@ class MonoInternVLProcessor(ProcessorMixin):
             data.pop("attention_mask")
         if pixels:
             stacked = torch.cat(pixels)
-            data["pixel_values"] = stacked if return_tensors == "pt" else stacked.numpy()
+            data["pixel_values"] = self._placed(stacked, options) if return_tensors == "pt" else stacked.numpy()
         return BatchFeature(data, tensor_type=return_tensors)
 
     def share_tiles(self, image_options: dict[str, Any], count: int) -> dict[str, Any]:
@@ -477,7 +679,8 @@ class MonoInternVLProcessor(ProcessorMixin):
         end_of_turn = vocabulary.control["<|im_end|>"]
         pieces: list[tuple[int | str, bool]] = []
         answered = False
-        for text, origin in prompt:
+        pictures = vocabulary.image_token_ids
+        for text, origin, learnt in prompt:
             template = origin == "template"
             table, pattern = (
                 (vocabulary.fixed, vocabulary.template_pattern)
@@ -487,15 +690,16 @@ class MonoInternVLProcessor(ProcessorMixin):
             for i, piece in enumerate(pattern.split(text)):
                 if piece == "" and i % 2 == 0:
                     continue
-                if i % 2:
-                    ends = template and answered and table[piece] == end_of_turn
-                    pieces.append((table[piece], origin == "answer" or ends))
+                token = table[piece] if i % 2 else piece
+                if learnt is None:
+                    written = origin == "answer" or (template and answered and token == end_of_turn)
                 else:
-                    pieces.append((piece, origin == "answer"))
+                    written = learnt and token not in pictures
+                pieces.append((token, written))
                 answered = False
             answered = origin == "answer"
         if tokens is not None:
-            pieces = _expand(pieces, tokens, vocabulary.image_token_id)
+            pieces = _expand(pieces, tokens, vocabulary)
 
         ids: list[int] = []
         answers: list[int] = []
@@ -522,18 +726,12 @@ class MonoInternVLProcessor(ProcessorMixin):
         padding = options.get("padding")
         if padding is None:
             padding = return_tensors is not None
-        if padding not in (True, False, "longest", "max_length", "do_not_pad"):
-            raise ValueError(
-                f"padding={padding!r} is not known; allowed are True, False, longest, max_length, do_not_pad"
-            )
         side = options.get("padding_side") or self.tokenizer.padding_side
-        if side not in ("left", "right"):
-            raise ValueError(f"padding_side={side!r} is not known; allowed are left and right")
         target = 0
         if padding == "max_length":
-            if options.get("max_length") is None:
-                raise ValueError("padding='max_length' needs max_length")
-            target = options["max_length"]
+            target = options.get("max_length") or self.tokenizer.model_max_length
+            if target > _NO_LIMIT:
+                raise ValueError("padding='max_length' needs max_length; the tokenizer has none of its own")
         elif padding and padding != "do_not_pad":
             target = max(lengths)
         elif return_tensors is not None and len(set(lengths)) > 1:
@@ -588,109 +786,214 @@ class MonoInternVLProcessor(ProcessorMixin):
         """
         return self._ids_without_pixels(messages, chat_template, variables, None)
 
-    def _get_num_multimodal_tokens(
-        self, image_sizes: Sequence[tuple[int, int]] | None = None, **kwargs: Any
-    ) -> MultiModalData:
-        """Visual tokens and tiles of pictures given by (height, width), each with a whole budget of tiles."""
+    def _get_num_multimodal_tokens(self, image_sizes: Sequence[Any] | None = None, **kwargs: Any) -> MultiModalData:
+        """Visual tokens and tiles of pictures given by (height, width): each a prompt of its own with a whole budget of
+        tiles, or in lists, of which each is a prompt whose pictures share it. Flat results, in order.
+
+        Raises:
+            TypeError: an unknown option.
+        """
+        names = ("min_tiles", "max_tiles", "use_thumbnail")
+        given = {name: value for name, value in kwargs.items() if _is_read(name, value, "_get_num_multimodal_tokens")}
+        options = {name: given[name] for name in names if name in given}
         if image_sizes is None:
             return MultiModalData()
-        names = ("min_tiles", "max_tiles", "use_thumbnail")
-        options = {name: kwargs[name] for name in names if kwargs.get(name) is not None}
-        tiles = [self.image_processor.get_number_of_tiles(height, width, **options) for height, width in image_sizes]
+        tiles = []
+        for entry in image_sizes:
+            sizes: Any = entry if len(entry) and isinstance(entry[0], Sequence) else [entry]
+            shared = self.share_tiles(options, len(sizes))
+            tiles += [self.image_processor.get_number_of_tiles(height, width, **shared) for height, width in sizes]
         return MultiModalData(
             num_image_tokens=[count * self.tokens_per_tile for count in tiles], num_image_patches=tiles
         )
 
 
 def _expand(
-    pieces: list[tuple[int | str, bool]], tokens: list[int], image_token_id: int
+    pieces: list[tuple[int | str, bool]], tokens: list[int], vocabulary: Vocabulary
 ) -> list[tuple[int | str, bool]]:
-    """One placeholder (or an already expanded run of them) per picture -> as many as it has visual tokens."""
+    """One placeholder (or an already expanded run of them) per picture -> as many as it has visual tokens, between
+    `<img>` and `</img>`."""
+    image, start, end = vocabulary.image_token_ids
+    total = sum(piece == image for piece, _ in pieces)
     out: list[tuple[int | str, bool]] = []
     picture, i = 0, 0
     while i < len(pieces):
-        if pieces[i][0] != image_token_id:
+        if pieces[i][0] != image:
             out.append(pieces[i])
             i += 1
             continue
         run = i
-        while i < len(pieces) and pieces[i][0] == image_token_id:
+        while i < len(pieces) and pieces[i][0] == image:
             i += 1
-        if picture < len(tokens):
-            if i - run not in (1, tokens[picture]):
+        length = i - run
+        while length:
+            if picture >= len(tokens):
+                picture += 1 if total == len(tokens) else length
+                break
+            count = tokens[picture]
+            # Where there are as many placeholders as pictures, each is one.
+            taken = 1 if total == len(tokens) or i - run == 1 else count
+            if taken > length:
                 raise ValueError(
-                    f"picture {picture + 1} has {tokens[picture]} visual tokens, "
-                    f"but the text holds {i - run} placeholders for it; give 1 or {tokens[picture]}"
+                    f"picture {picture + 1} has {count} visual tokens, "
+                    f"but the text holds {length} placeholders for it; give 1 or {count}"
                 )
-            out += [(image_token_id, False)] * tokens[picture]
-        picture += 1
+            length -= taken
+            if out[-1:] != [(start, False)]:
+                out.append((start, False))
+            out += [(image, False)] * count
+            if length or pieces[i : i + 1] != [(end, False)]:
+                out.append((end, False))
+            picture += 1
     if picture != len(tokens):
-        raise ValueError(f"{picture} image placeholders in the text for {len(tokens)} pictures; they must match")
+        raise ValueError(
+            f"{picture} image placeholders in the text for {len(tokens)} pictures; they must match "
+            f"({IMAGE_TOKEN} stands for a picture)"
+        )
     return out
+
+
+def _of_prompt(error: Exception, number: int, count: int) -> Exception:
+    """The same kind of error, whose message says which of several prompts it is about."""
+    kinds = (FileNotFoundError, PermissionError, ConnectionError, OSError, TypeError, ValueError)
+    return next(kind for kind in kinds if isinstance(error, kind))(f"prompt {number} of {count}: {error}")
 
 
 def _runs(text: str) -> list[str]:
     return re.findall(f"(?:{re.escape(IMAGE_TOKEN)})+", text)
 
 
-def _take_images(
-    messages: Sequence[dict[str, Any]], with_sources: bool = True
-) -> tuple[list[dict[str, Any]], list[Any]]:
-    """Copies of the messages whose image parts hold nothing but their type, and the pictures in order.
+def _conversations(conversation: Any) -> tuple[list[Any], bool]:
+    """One conversation or several as a list of them, and whether they were several."""
+    if hasattr(conversation, "messages"):
+        return [conversation], False
+    if isinstance(conversation, (str, bytes, Mapping)) or not hasattr(conversation, "__iter__"):
+        raise ValueError(f"a conversation is a list of messages, not {type(conversation).__name__}")
+    entries = list(conversation)
+    several = [hasattr(entry, "messages") or _is_sequence(entry) for entry in entries]
+    if any(several) and not all(several):
+        raise ValueError("several conversations are lists of messages; one of them is not")
+    return (entries, True) if any(several) else ([entries], False)
+
+
+def _is_sequence(value: Any) -> bool:
+    return not isinstance(value, (str, bytes, Mapping)) and hasattr(value, "__iter__") and not hasattr(value, "role")
+
+
+def _take_images(messages: list[dict[str, Any]]) -> tuple[list[dict[str, Any]], list[tuple[str, Any]]]:
+    """Plain messages whose image parts hold nothing but their type, one for each picture; and where each picture stands
+    and what it is, None where its part does not say.
 
     Raises:
-        ValueError: a message, part or text is not of the form that `apply_chat_template` describes.
+        ValueError: a part holds an empty list of pictures.
     """
-    images: list[Any] = []
-    copies = []
-    for message in messages:
-        if not isinstance(message, dict) or "role" not in message or "content" not in message:
-            raise ValueError("a message is a dict with 'role' and 'content'")
-        role, content = message["role"], message["content"]
-        if not isinstance(role, str):
-            raise ValueError(f"a message's role must be a string, not {type(role).__name__}")
-        if isinstance(content, str):
-            copies.append(dict(message))
+    pictures: list[tuple[str, Any]] = []
+    plain = []
+    for number, message in enumerate(messages, start=1):
+        if isinstance(message["content"], str):
+            plain.append(message)
             continue
-        if not isinstance(content, (list, tuple)):
-            raise ValueError(
-                f"a {role} message's content must be a string or a list of parts, not {type(content).__name__}"
-            )
         parts: list[Any] = []
-        for part in content:
-            kind = part.get("type") if isinstance(part, dict) else None
-            if kind in ("image", "image_url"):
-                images.append(_image_source(part) if with_sources else None)
-                parts.append({"type": "image"})
-            elif kind is None:
-                raise ValueError(f"a {role} message's part must be a dict with a 'type', such as text or image")
-            elif kind == "text" and not isinstance(part.get("text"), str):
-                raise ValueError(f"a {role} message's text must be a string, not {type(part.get('text')).__name__}")
-            else:
+        for place, part in enumerate(message["content"], start=1):
+            if part["type"] != "image":
                 parts.append(part)
-        copies.append({**message, "content": parts})
-    return copies, images
+                continue
+            where = f"message {number} ({message['role']}), part {place}"
+            held = flatten_pictures(part["image"]) if "image" in part else [None]
+            if not held:
+                raise ValueError(f"{where}: it holds no picture")
+            parts += [{"type": "image"} for _ in held]
+            pictures += [(where, picture) for picture in held]
+        plain.append({**message, "content": parts})
+    return plain, pictures
 
 
-def _image_source(part: dict[str, Any]) -> Any:
-    if part["type"] == "image_url":
-        source = part.get("image_url")
-        source = source.get("url") if isinstance(source, dict) else source
-        if not isinstance(source, str):
-            raise ValueError("an image_url part needs 'image_url': {'url': ...}")
-        return source
-    for key in ("image", "url", "path"):
-        if part.get(key) is not None:
-            return part[key]
-    encoded = part.get("base64")
-    if encoded is None:
-        raise ValueError("an image part needs one of 'image', 'url', 'path' and 'base64'")
-    if isinstance(encoded, str) and encoded[:5].lower() == "data:":
-        return encoded
+# ---- templates
+
+_ALWAYS_VARIABLES = ("add_generation_prompt", "continue_final_message", "tools", "documents", "sanitize_control_tokens")
+# A tokenizer without a longest text has a number beyond this one.
+_NO_LIMIT = 10**9
+
+
+def _render(tokenizer: Any, messages: list[dict[str, Any]], source: str, variables: dict[str, Any]) -> str:
+    """Render one conversation, which may be empty; it is not changed."""
+    # Older transformers write into the messages.
+    copies = [dict(message) for message in messages]
     try:
-        return base64.b64decode("".join(encoded.split()) if isinstance(encoded, str) else encoded, validate=True)
-    except (binascii.Error, ValueError, TypeError) as error:
-        raise ValueError(f"the 'base64' of an image part is not base64: {error}") from error
+        options = {**tokenizer.special_tokens_map, **variables}
+        rendered: Any = render_jinja_template([copies], chat_template=source, **options)[0]
+    except jinja2.TemplateError as error:
+        raise ValueError(f"the chat template refuses the conversation: {error}") from error
+    return rendered[0]
+
+
+@functools.lru_cache(maxsize=16)
+def _with_answer_marks(source: str) -> str | None:
+    """The template with variables in place of `{% generation %}` and its end; None where it has none.
+
+    transformers counts the characters inside instead, in a counter that all threads share before 5.24.
+    """
+
+    def marked(tag: re.Match[str]) -> str:
+        before, is_end, after = tag.groups()
+        if is_end:
+            return f"{{%{before} if true %}}{{{{ {_CLOSES} }}}}{{% endif %}}{{% endwith {after}%}}"
+        return f"{{%{before} with %}}{{{{ {_OPENS} }}}}{{% if true %}}{{% endif {after}%}}"
+
+    found, count = _GENERATION.subn(marked, source)
+    return found if count else None
+
+
+@functools.lru_cache(maxsize=16)
+def _template_variables(source: str) -> frozenset[str]:
+    """What a template reads of what it is given. One that cannot be parsed is refused where it is rendered."""
+    environment = jinja2.Environment(extensions=["jinja2.ext.loopcontrols"])
+    try:
+        return frozenset(jinja2.meta.find_undeclared_variables(environment.parse(_with_answer_marks(source) or source)))
+    except jinja2.TemplateError:
+        return frozenset(re.findall(r"\w+", source))
+
+
+@functools.lru_cache(maxsize=256)
+def _template_reads(source: str, key: str) -> bool:
+    """Whether a template may read a key of a message: it is written there outside of comments."""
+    return re.search(rf"\b{re.escape(key)}\b", re.sub(r"\{#.*?#\}", "", source, flags=re.DOTALL)) is not None
+
+
+# ---- options
+
+
+def _is_read(name: str, value: Any, what: str, said: Iterable[str] = ()) -> bool:
+    """Whether an option is one that is used. What transformers' own callers send along unset, or where it cannot
+    matter, is not.
+
+    Raises:
+        TypeError: nobody knows it. ValueError: transformers knows it, but this processor does not give it.
+    """
+    if name in _OPTIONS:
+        return value is not None
+    if name in _UNREAD:
+        if value is None or value is False:
+            return False
+        raise ValueError(f"{name}={value!r}: videos and sound are not read; give a video's frames as pictures")
+    if name in _UNWRITTEN:
+        if not value or name == "verbose":
+            return False
+        if name == "return_token_type_ids":
+            _ignore(name, "the model has no token types")
+            return False
+        raise ValueError(f"{name}={value!r} is not given by this processor")
+    if name in vars(GenerationConfig()):
+        _ignore(name, "it belongs to generate; a pipeline takes it in generate_kwargs")
+        return False
+    check_keywords(what, [name], (*_SAID, *said))
+    return False
+
+
+def _ignore(name: str, reason: str) -> None:
+    if name not in _IGNORED_ONCE:
+        _IGNORED_ONCE.add(name)
+        logger.warning("the processor ignores %s: %s", name, reason)
 
 
 def _strings(value: Any) -> Iterator[str]:
@@ -712,11 +1015,16 @@ def _unused_characters(count: int, texts: Iterable[str]) -> list[str]:
     return found
 
 
-def _split_at_marks(rendered: str, openings: dict[str, str], close: str) -> list[Segment] | None:
-    """Cut a rendered string at its marks; None where they are not in pairs. Neighbours of one origin become one."""
+def _split_at_marks(
+    rendered: str, openings: dict[str, str], close: str, learnt: dict[str, bool]
+) -> list[Segment] | None:
+    """Cut a rendered string at its marks; None where they are not in pairs. Neighbours of one origin become one.
+
+    `learnt`: the marks around what an assistant writes, if the template says so.
+    """
     segments: list[Segment] = []
-    origin = "template"
-    for piece in re.split(f"([{''.join(openings)}{close}])", rendered):
+    origin, writes = "template", False if learnt else None
+    for piece in re.split(f"([{''.join((*openings, close, *learnt))}])", rendered):
         if piece in openings:
             if origin != "template":
                 return None
@@ -725,24 +1033,49 @@ def _split_at_marks(rendered: str, openings: dict[str, str], close: str) -> list
             if origin == "template":
                 return None
             origin = "template"
-        elif piece and segments and segments[-1].origin == origin:
-            segments[-1] = Segment(segments[-1].text + piece, origin)
+        elif piece in learnt:
+            if origin != "template":
+                return None
+            writes = learnt[piece]
+        elif piece and segments and segments[-1][1:] == (origin, writes):
+            segments[-1] = Segment(segments[-1].text + piece, origin, writes)
         elif piece:
-            segments.append(Segment(piece, origin))
+            segments.append(Segment(piece, origin, writes))
     return segments if origin == "template" else None
 
 
-def _read_json(path: str, name: str, **kwargs: Any) -> dict[str, Any]:
-    options = {
-        key: kwargs[key] for key in ("revision", "token", "cache_dir", "local_files_only", "subfolder") if key in kwargs
+# ---- loading
+
+_HUB_OPTIONS = ("revision", "token", "cache_dir", "local_files_only", "subfolder", "force_download", "proxies")
+# What transformers' automatic classes read themselves or hand to every part, and what a script for other models says.
+_LOADING_OPTIONS = frozenset(
+    {
+        *_HUB_OPTIONS,
+        *("trust_remote_code", "code_revision", "chat_template", "use_fast", "backend", "config", "dtype"),
+        *("torch_dtype", "device_map", "return_unused_kwargs", "use_auth_token", "user_agent", "commit_hash"),
     }
+)
+_TOKENIZER_OPTIONS = (
+    *("padding_side", "truncation_side", "model_max_length", "clean_up_tokenization_spaces", "extra_special_tokens"),
+    *("bos_token", "eos_token", "unk_token", "pad_token", "sep_token", "cls_token", "mask_token"),
+    *("padding", "max_length", "truncation", "pad_to_multiple_of", "add_bos_token", "add_eos_token"),
+)
+
+
+def _image_processor_options() -> list[str]:
+    names = inspect.signature(MonoInternVLImageProcessor.__init__).parameters
+    return [name for name in names if name not in ("self", "kwargs")]
+
+
+def _read_json(path: str, name: str, **kwargs: Any) -> dict[str, Any]:
+    options = {key: kwargs[key] for key in _HUB_OPTIONS if key in kwargs}
     found = cached_file(path, name, _raise_exceptions_for_missing_entries=False, **options)
     return json.loads(Path(found).read_text(encoding="utf-8")) if found else {}
 
 
 def load_image_processor(path: str, **kwargs: Any) -> MonoInternVLImageProcessor:
     """Ours if the folder has one; else from an official `config.json`, which holds the tiling. Options override it."""
-    chosen = {name: kwargs[name] for name in ("tile_size", *_IMAGE_OPTIONS) if kwargs.get(name) is not None}
+    chosen = {name: kwargs[name] for name in _image_processor_options() if kwargs.get(name) is not None}
     for name in ("processor_config.json", "preprocessor_config.json"):
         settings = _read_json(path, name, **kwargs)
         settings = settings.get("image_processor", settings)
@@ -761,10 +1094,8 @@ def load_image_processor(path: str, **kwargs: Any) -> MonoInternVLImageProcessor
 
 def _load_tokenizer(path: str, **kwargs: Any) -> Any:
     """`tokenizer.json` as it is; an official folder's `tokenizer.model` is converted (needs the installed package)."""
-    options = {
-        key: kwargs[key] for key in ("revision", "token", "cache_dir", "local_files_only", "subfolder") if key in kwargs
-    }
-    settings = {key: kwargs[key] for key in ("padding_side", "model_max_length") if key in kwargs}
+    options = {key: kwargs[key] for key in _HUB_OPTIONS if key in kwargs}
+    settings = {key: kwargs[key] for key in _TOKENIZER_OPTIONS if key in kwargs}
     if cached_file(path, "tokenizer.json", _raise_exceptions_for_missing_entries=False, **options):
         # tokenizer_config.json names the class. Without a config AutoTokenizer reads config.json and, where this file
         # runs as remote code, warns that it does not know the type.

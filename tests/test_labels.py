@@ -130,8 +130,8 @@ def test_only_answers_are_owned(nano):
     ]
     assert nano.tokenizer.decode(answer_ids(nano, messages)) == "blue<|im_end|>green<|im_end|>"
     assert answer_ids(nano, messages[:2]) == []
-    opened = [*messages[:1], {"role": "user", "content": "Q"}, {"role": "assistant", "content": ""}]
-    assert answer_ids(nano, opened) == []
+    empty = [*messages[:1], {"role": "user", "content": "Q"}, {"role": "assistant", "content": ""}]
+    assert nano.tokenizer.decode(answer_ids(nano, empty)) == "<|im_end|>"
 
 
 def test_masks_follow_padding_and_truncation(nano):

@@ -126,6 +126,10 @@ def test_template_equals_the_released_one(nano, name, as_parts):
         messages.insert(0, {"role": "system", "content": entry["system"]})
     open_ended = bool(entry["messages"]) and entry["messages"][-1] is None
     expected = "<s>" + entry["prompt"]
+    if "" in said:
+        # The released code forgets to close an empty turn, so that the next one seems to be a part of it.
+        expected = re.sub("(?<=<\\|im_start\\|>)(user|assistant)\n(?=<\\|im_start\\|>|$)", r"\1\n<|im_end|>", expected)
+        expected = expected[: -len("<|im_end|>")] if open_ended else expected
     assert render(nano, messages, add_generation_prompt=open_ended) == expected
     encoded = encode(nano, messages, add_generation_prompt=open_ended)
     assert decoded(nano, encoded["input_ids"]) == expected
@@ -324,13 +328,25 @@ def test_grounding_tags_are_content(nano):
         "{% for m in messages %}<|im_start|>{{ m.content | tojson }}<|im_end|>{% endfor %}",
         "{% for m in messages %}<|im_start|>{{ m.content }}{{ m.content }}<|im_end|>{% endfor %}",
         "{% for m in messages %}{{ m.content }}<|im_end|>{% endfor %}",
-        "{% for m in messages %}<|im_start|>{{ m.name }}{{ m.tool_calls[0].text }}<|im_end|>{% endfor %}",
+        "<|im_start|>{{ messages[0].name }}{{ messages[0].tool_calls[0].function.arguments | tojson }}<|im_end|>",
+        "<|im_start|>{{ messages[0].tool_calls[0].function.name }}<|im_end|>{{ messages[0].content }}",
         "<|im_start|>{{ documents[0].text }}<|im_end|>{{ messages[0].content }}",
+        "<|im_start|>{{ tools[0].function | tojson }}<|im_end|>{{ messages[0].content }}",
+        "<|im_start|>{{ my_rules }}<|im_end|>{{ messages[0].content }}",
     ],
 )
 def test_other_templates_keep_typed_text_too(nano, template, text):
-    messages = [{"role": "user", "content": text, "name": text, "tool_calls": [{"type": "function", "text": text}]}]
-    options = {"chat_template": template, "documents": [{"title": "t", "text": text}]}
+    message = {"role": "user", "content": text}
+    if "tool_calls" in template:
+        call = {"name": text, "arguments": {text: text}}
+        message = {"role": "assistant", "name": text, "content": text, "tool_calls": [{"function": call}]}
+    given = {
+        "documents": [{"title": "t", "text": text}],
+        "tools": [{"type": "function", "function": {"name": "f", "description": text, text: {"type": text}}}],
+        "my_rules": text,
+    }
+    messages = [{key: value for key, value in message.items() if key in ("role", "content") or key in template}]
+    options = {"chat_template": template, **{name: value for name, value in given.items() if name in template}}
     ids = encode(nano, messages, **options)["input_ids"]
     written = render(nano, messages, **options)
     assert decoded(nano, ids) == ("" if template.startswith("{{ bos_token }}") else "<s>") + written
@@ -422,15 +438,15 @@ def test_continue_final_message(nano):
 @pytest.mark.parametrize(
     ("messages", "message"),
     [
-        ([{"role": "User", "content": "x"}], "role 'User' is not known; allowed are system, user and assistant"),
+        ([{"role": "User", "content": "x"}], "role 'User' is not known; allowed are system"),
         ([{"role": None, "content": "x"}], "role must be a string"),
         ([{"content": "x"}], "'role' and 'content'"),
         ([{"role": "user"}], "'role' and 'content'"),
         (["hello"], "'role' and 'content'"),
         ("hello", "list of messages"),
         ([{"role": "user", "content": None}], "content must be a string or a list of parts, not NoneType"),
-        ([{"role": "user", "content": ["x"]}], "with a 'type'"),
-        ([{"role": "user", "content": [{"text": "x"}]}], "with a 'type'"),
+        ([{"role": "user", "content": [5]}], "with a 'type'"),
+        ([{"role": "user", "content": [{"txt": "x"}]}], "'txt' and no 'type'"),
         ([{"role": "user", "content": [{"type": "text"}]}], "text must be a string, not NoneType"),
         ([{"role": "user", "content": [{"type": "text", "text": 5}]}], "text must be a string, not int"),
         ([{"role": "user", "content": [{"type": "video", "url": "x.mp4"}]}], "type 'video' is not known"),
@@ -659,9 +675,16 @@ def test_padding_options(nano):
         assert nano(text=text, padding=padding)["input_ids"] == rows
         with pytest.raises(ValueError, match="without padding"):
             nano(text=text, padding=padding, return_tensors="pt")
-    for wrong in ({"padding": "shortest"}, {"padding": True, "padding_side": "top"}, {"padding": "max_length"}):
-        with pytest.raises(ValueError, match=r"shortest|top|needs max_length"):
+    assert {len(row) for row in nano(text=text, padding="max_length")["input_ids"]} == {4096}
+    for wrong in ({"padding": "shortest"}, {"padding": True, "padding_side": "top"}, {"pad_to_multiple_of": 0}):
+        with pytest.raises(ValueError, match=r"shortest|top|pad_to_multiple_of"):
             nano(text=text, **wrong)
+    made = make(AutoTokenizer.from_pretrained(ROOT, trust_remote_code=False, padding="max_length", max_length=30))
+    assert {len(row) for row in made(text=text)["input_ids"]} == {30}
+    assert {len(row) for row in made(text=text, max_length=20)["input_ids"]} == {20}
+    endless = make(AutoTokenizer.from_pretrained(ROOT, trust_remote_code=False, model_max_length=int(1e30)))
+    with pytest.raises(ValueError, match="needs max_length"):
+        endless(text=text, padding="max_length")
 
 
 def test_truncation(nano, tokenizer):
@@ -669,7 +692,10 @@ def test_truncation(nano, tokenizer):
     full = encode(nano, messages)["input_ids"]
     cut = encode(nano, messages, truncation=True, max_length=len(full) - 3, return_tensors="pt")
     assert cut["input_ids"][0].tolist() == full[:-3]
-    assert encode(nano, messages, max_length=len(full) - 3)["input_ids"] == full
+    with pytest.raises(ValueError, match="max_length alone"):
+        encode(nano, messages, max_length=len(full) - 3)
+    with pytest.raises(ValueError, match="truncation='all'"):
+        encode(nano, messages, truncation="all")
     assert encode(nano, messages, truncation=True)["input_ids"] == full  # model_max_length is 4096
     assert encode(nano, messages, truncation=False, max_length=3)["input_ids"] == full
     last = full.index(nano.tokenizer.convert_tokens_to_ids("</img>"))
@@ -684,11 +710,93 @@ def test_truncation(nano, tokenizer):
     )
 
 
-def test_unknown_options_are_refused(nano):
-    with pytest.raises(ValueError, match="unknown option max_tile; allowed are min_tiles"):
-        nano(text="Q", max_tile=3)
-    with pytest.raises(ValueError, match="unknown option do_resize"):
-        encode(nano, ask("Q"), processor_kwargs={"images_kwargs": {"do_resize": True}})
+@pytest.mark.parametrize(
+    ("options", "error", "message"),
+    [
+        ({"max_tile": 3}, TypeError, r"unknown option 'max_tile' \(did you mean 'max_tiles'\?\)"),
+        ({"max_tile": None}, TypeError, "max_tile"),
+        ({"truncate": True}, TypeError, "did you mean 'truncation'"),
+        ({"images_kwargs": {"maxtiles": 3}}, TypeError, "images_kwargs got an unknown option 'maxtiles'"),
+        ({"images_kwargs": {"do_resize": False}}, ValueError, "do_resize"),
+        ({"images_kwargs": {"padding": True}}, ValueError, "padding does not belong into images_kwargs"),
+        ({"text_kwargs": {"max_tiles": 1}}, ValueError, "max_tiles does not belong into text_kwargs"),
+        ({"images_kwargs": "max_tiles=1"}, ValueError, "must be a dict of options"),
+        ({"max_tiles": 4, "images_kwargs": {"max_tiles": 1}}, ValueError, "max_tiles is given twice"),
+        ({"padding": True, "text_kwargs": {"padding": False}}, ValueError, "padding is given twice"),
+        ({"return_tensors": "tf"}, ValueError, "return_tensors='tf' is not known"),
+        ({"return_offsets_mapping": True}, ValueError, "return_offsets_mapping=True is not given"),
+        ({"videos": [1]}, ValueError, "frames as pictures"),
+        ({"fps": 2}, ValueError, "frames as pictures"),
+        ({"videos_kwargs": {"size": 3}}, ValueError, "frames as pictures"),
+        ({"max_length": "9", "truncation": True}, ValueError, "max_length must be a whole number"),
+    ],
+)
+def test_unknown_options_are_refused(nano, options, error, message):
+    with pytest.raises(error, match=message):
+        nano(text="Q", **options)
+    with pytest.raises(error, match=message):
+        encode(nano, ask("Q"), processor_kwargs=options)
+    if "return_tensors" not in options:
+        with pytest.raises(error, match=message):
+            encode(nano, ask("Q"), **options)
+        with pytest.raises(error, match=message):
+            render(nano, ask("Q"), **{"max_length": None, **options})
+
+
+def test_what_transformers_sends_along_is_taken(nano, caplog):
+    """By its pipelines, its server and its trainers, mostly unset; what belongs to `generate` is said once."""
+    sent = {
+        "fps": None, "num_frames": None, "do_sample_frames": None, "videos": None, "audio": None, "videos_kwargs": {},
+        "audio_kwargs": None, "load_audio_from_video": False, "do_convert_rgb": True, "data_format": "channels_first",
+        "input_data_format": None, "return_token_type_ids": False, "return_offsets_mapping": False, "stride": 0,
+        "verbose": True, "text_pair": None, "device": "cpu", "max_tiles": None,
+        "common_kwargs": {"return_tensors": "pt"}, "do_resize": None, "disable_grouping": None,
+    }  # fmt: skip
+    expected = nano(text="Q", images=[], return_tensors="pt")
+    assert torch.equal(nano(text="Q", images=[], **sent)["input_ids"], expected["input_ids"])
+    for given in (sent, {"processor_kwargs": sent}):
+        found = encode(nano, [ask("Q")], **given, sanitize_control_tokens=True, tools=None, documents=None)
+        assert torch.equal(found["input_ids"], encode(nano, ask("Q"), return_tensors="pt")["input_ids"])
+    with caplog.at_level("WARNING"):
+        for _ in range(3):
+            nano(text="Q", do_sample=False, num_beams=1)
+    assert caplog.text.count("do_sample") <= 1 and "generate_kwargs" in caplog.text
+
+
+def test_variables_of_the_template(nano):
+    template = "{% if loud %}!{% endif %}{{ name_of_model }}{% for m in messages %}{{ m.content }}{% endfor %}"
+    said = encode(
+        nano, ask_text := [{"role": "user", "content": "Q"}], chat_template=template, loud=1, name_of_model="N"
+    )
+    assert decoded(nano, said["input_ids"]) == "<s>!NQ"
+    for wrong, near in (({"loudly": 1}, "loudly"), ({"enable_thinking": False}, "enable_thinking")):
+        with pytest.raises(TypeError, match=f"unknown option '{near}'"):
+            encode(nano, ask_text, chat_template=template, **wrong)
+        with pytest.raises(TypeError, match=f"unknown option '{near}'"):
+            render(nano, ask_text, **wrong)
+        with pytest.raises(TypeError, match=f"unknown option '{near}'"):
+            nano.chat_token_ids(ask_text, **wrong)
+    with pytest.raises(TypeError, match="did you mean 'add_generation_prompt'"):
+        render(nano, ask_text, add_generation_promt=True)
+    for name in ("documents", "tools"):
+        with pytest.raises(ValueError, match=f"no place for {name}"):
+            encode(nano, ask_text, chat_template="{{ messages[0].content }}", **{name: [{"name": "f", "text": "x"}]})
+    with pytest.raises(ValueError, match="no place for documents"):
+        render(nano, ask_text, documents=[{"title": "t", "text": "x"}])
+    with pytest.raises(ValueError, match="begins one"):
+        render(nano, ask_text, add_generation_prompt=True, continue_final_message=True)
+
+
+def test_the_keys_of_a_message(nano):
+    for key, value in (("reasoning_content", "hm"), ("images", ["a.png"]), ("contents", "x"), ("refusal", "no")):
+        with pytest.raises(ValueError, match=rf"message 1 \(user\) holds '{key}'.*no place for"):
+            render(nano, [{"role": "user", "content": "Q", key: value}])
+        assert render(nano, [{"role": "user", "content": "Q", key: None}]) == render(nano, ask("Q"))
+    template = "{% for m in messages %}{{ m.reasoning_content }}{{ m.content }}{% endfor %}"
+    thought = [{"role": "assistant", "content": "A", "reasoning_content": "hm "}]
+    assert render(nano, thought, chat_template=template) == "hm A"
+    with pytest.raises(ValueError, match="did you mean 'tool_calls'"):
+        render(nano, [{"role": "assistant", "content": "A", "tool_call": [1]}])
 
 
 def as_png(image):
@@ -1091,8 +1199,8 @@ def test_rendering_needs_no_picture(nano):
     messages = [{"role": "user", "content": [{"type": "image"}, {"type": "text", "text": "Q"}]}]
     assert render(nano, messages) == f"{OPENING}<|im_start|>user\n{IMAGE}\nQ<|im_end|>"
     assert render(nano, [messages, messages]) == [render(nano, messages)] * 2
-    with pytest.raises(ValueError, match="role 'tool' is not known"):
-        render(nano, [{"role": "tool", "content": "x"}])
+    with pytest.raises(ValueError, match="role 'critic' is not known"):
+        render(nano, [{"role": "critic", "content": "x"}])
 
 
 def test_template_is_of_the_content_format_that_engines_look_for():
