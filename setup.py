@@ -9,6 +9,17 @@ from setuptools import setup
 ROOT = Path(__file__).parent
 VERSION = re.search(r'^__version__ = "(.+)"$', (ROOT / "__init__.py").read_text(encoding="utf-8"), re.M)[1]  # type: ignore[index]
 
+FOLDERS = (
+    "benchmarks",
+    "cli",
+    "common",
+    "conversion",
+    "evaluation",
+    "plates",
+    "serving",
+    "tokenization",
+    "training",
+)
 TRAIN = ["accelerate", "peft", "datasets", "tensorboard", "pyyaml"]
 EVAL = ["matplotlib"]
 FONTS = [f"font-{name}" for name in ("caladea", "lato", "manrope", "roboto", "source-sans-pro", "source-serif-pro")]
@@ -22,13 +33,7 @@ setup(
     license="MIT",
     python_requires=">=3.10",
     package_dir={"mono_internvl": "."},
-    packages=[
-        "mono_internvl",
-        *(
-            f"mono_internvl.{name}"
-            for name in ("benchmarks", "cli", "conversion", "evaluation", "serving", "tokenization", "training")
-        ),
-    ],
+    packages=["mono_internvl", *(f"mono_internvl.{name}" for name in FOLDERS)],
     # The nano model travels with the package: `mono-internvl chat` works without a network.
     package_data={
         "mono_internvl": ["*.json", "*.jinja", "*.safetensors", "LICENSE", "NOTICE"],

@@ -45,8 +45,8 @@ def evaluate(
     if out is not None:
         check_output(out)
     folder = resolve_model(model)
-    from ..evaluation.plate_pictures import BOXES, evaluation_set
-    from ..evaluation.plate_world import evaluate as answer_all
+    from ..evaluation.plates import evaluate as answer_all
+    from ..plates.evaluation_pictures import BOXES, evaluation_set
 
     loaded, processor = load_model(folder, device=device, dtype=dtype, image_token_id=image_token_id)
     examples = chain(evaluation_set(count, seed), evaluation_set(boxes, seed, BOXES))

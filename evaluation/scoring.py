@@ -11,7 +11,7 @@ from collections import Counter
 from collections.abc import Iterable, Sequence
 from typing import NamedTuple
 
-from ..training.plate_world import COLORS, COUNT_WORDS, SHAPES
+from ..plates.words import COLORS, COUNT_WORDS, SHAPES
 
 
 BOX_IOU_THRESHOLD = 0.5

@@ -23,7 +23,7 @@ from mono_internvl.cli import app, common
 from mono_internvl.cli.chat import converse, draw_boxes, split_words
 from mono_internvl.cli.inspect import TEXT_PATH, parameter_groups
 from mono_internvl.cli.tiles import MAX_WIDTH, cut, draw_tiling
-from mono_internvl.evaluation import plate_world
+from mono_internvl.evaluation import plates
 from mono_internvl.processing_mono_internvl import GroundedBox
 
 
@@ -682,7 +682,7 @@ def test_batches_answer_as_chat_does(folder):
     processor = MonoInternVLProcessor.from_pretrained(folder)
     examples = list(_examples(7))
     seen = []
-    results = plate_world.evaluate(model, processor, examples, batch_size=3, max_new_tokens=6, progress=seen.append)
+    results = plates.evaluate(model, processor, examples, batch_size=3, max_new_tokens=6, progress=seen.append)
     assert [outcome.place for outcome in results.outcomes] == list(range(7))
     assert seen[-1] == 7
     for outcome, (picture, _, question, _) in zip(results.outcomes, examples, strict=True):

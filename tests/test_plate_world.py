@@ -13,26 +13,24 @@ import numpy as np
 import pytest
 from PIL import Image, ImageChops
 
-from mono_internvl.evaluation import plate_pictures
-from mono_internvl.evaluation.plate_world import Outcome, Results
+from mono_internvl.evaluation.plates import Outcome, Results
 from mono_internvl.evaluation.scoring import box_iou, is_correct, parse_box, parse_caption, score_answers
-from mono_internvl.training.plate_tasks import listing
-from mono_internvl.training.plate_world import (
+from mono_internvl.plates import evaluation_pictures
+from mono_internvl.plates.drawing import draw_plate
+from mono_internvl.plates.fonts import HELD_OUT_FONTS, training_fonts
+from mono_internvl.plates.layout import sample_plate, sample_sheet
+from mono_internvl.plates.questions import questions
+from mono_internvl.plates.tasks import listing
+from mono_internvl.plates.words import (
     CANONICAL,
     CATEGORIES,
     COLORS,
-    HELD_OUT_FONTS,
     POSITIONS,
     SHAPES,
     Item,
     Plate,
     caption_of,
-    draw_plate,
     position_of,
-    questions,
-    sample_plate,
-    sample_sheet,
-    training_fonts,
 )
 
 
@@ -297,9 +295,9 @@ def test_drawing_speed_is_reported(plates, record_property, capsys):
 
 def test_evaluation_set_is_balanced_repeatable_and_canonical():
     pytest.importorskip("matplotlib")
-    rows = list(plate_pictures.evaluation_set(count=60, seed=1))
-    assert Counter(category for _, category, _, _ in rows) == dict.fromkeys(plate_pictures.CATEGORIES, 10)
-    answers: dict[str, Counter] = {category: Counter() for category in plate_pictures.CATEGORIES}
+    rows = list(evaluation_pictures.evaluation_set(count=60, seed=1))
+    assert Counter(category for _, category, _, _ in rows) == dict.fromkeys(evaluation_pictures.CATEGORIES, 10)
+    answers: dict[str, Counter] = {category: Counter() for category in evaluation_pictures.CATEGORIES}
     for image, category, question, answer in rows:
         assert image.mode == "RGB" and all(200 <= side <= 640 for side in image.size)
         assert len(image.getcolors(image.width * image.height)) > 1
@@ -310,7 +308,7 @@ def test_evaluation_set_is_balanced_repeatable_and_canonical():
     assert set(answers["position"]) == set(POSITIONS)
     assert set(answers["count"]) == set("12345")
     assert set(answers["number"]) == set("123")
-    again = list(plate_pictures.evaluation_set(count=6, seed=1))
+    again = list(evaluation_pictures.evaluation_set(count=6, seed=1))
     assert [row[0].tobytes() for row in again] == [row[0].tobytes() for row in rows[:6]]
     assert [row[1:] for row in again] == [row[1:] for row in rows[:6]]
 
@@ -318,12 +316,12 @@ def test_evaluation_set_is_balanced_repeatable_and_canonical():
 def test_evaluation_without_matplotlib_says_how_to_install_it(monkeypatch):
     monkeypatch.setitem(sys.modules, "matplotlib", None)
     with pytest.raises(ImportError, match=r"pip install mono-internvl\[eval\]"):
-        next(plate_pictures.evaluation_set(1))
+        next(evaluation_pictures.evaluation_set(1))
 
 
 def test_boxes_of_the_evaluation_are_where_the_shapes_are():
     pytest.importorskip("matplotlib")
-    rows = list(plate_pictures.evaluation_set(24, 3, plate_pictures.BOXES))
+    rows = list(evaluation_pictures.evaluation_set(24, 3, evaluation_pictures.BOXES))
     assert {category for _, category, _, _ in rows} == {"box"}
     for picture, _, question, answer in rows[::4]:  # one thing alone on the plate
         reference = question.split("<ref>")[1].split("</ref>")[0]

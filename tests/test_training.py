@@ -19,6 +19,9 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from conftest import ROOT, load_golden, tiny_model
 from mono_internvl import MonoInternVLForCausalLM, MonoInternVLProcessor
 from mono_internvl.image_processing_mono_internvl import choose_grid
+from mono_internvl.plates.drawing import draw_plate
+from mono_internvl.plates.tasks import TASKS, PlateWorld, name_patches
+from mono_internvl.plates.words import Item, Plate
 from mono_internvl.training import curves
 from mono_internvl.training.data import Collator, PackCollator, encode_conversation, picture_sizes, target_weights
 from mono_internvl.training.groups import GROUPS, count_parameters, group_of, grouped_parameters, linear_modules
@@ -31,8 +34,6 @@ from mono_internvl.training.loading import (
     one_pass,
     pack_first_fit_decreasing,
 )
-from mono_internvl.training.plate_tasks import TASKS, PlateWorld, name_patches
-from mono_internvl.training.plate_world import Item, Plate, draw_plate
 from mono_internvl.training.records import BadSample
 from mono_internvl.training.run import run_stage
 from mono_internvl.training.sources import FileRecords, Source, open_sources

@@ -125,7 +125,8 @@ def builtin_texts() -> Iterator[str]:
 
 def plate_world_texts(*, plates: int = DEFAULT_PLATES, seed: int = DEFAULT_SEED) -> Iterator[str]:
     """Questions and answers about `plates` random pictures of the plate world; the pictures are not drawn."""
-    from ..training.plate_world import questions, sample_plate
+    from ..plates.layout import sample_plate
+    from ..plates.questions import questions
 
     rng = random.Random(seed)
     for _ in range(plates):

@@ -29,16 +29,18 @@ import typer
 from transformers import LlamaForCausalLM, TrainingArguments, set_seed
 
 from ..conversion import expand_checkpoint
-from ..evaluation.plate_pictures import evaluation_set
-from ..evaluation.plate_world import evaluate
+from ..evaluation.plates import evaluate
 from ..image_processing_mono_internvl import MonoInternVLImageProcessor
 from ..modeling_mono_internvl import MonoInternVLForCausalLM
+from ..plates.evaluation_pictures import evaluation_set
+from ..plates.layout import sample_plate
+from ..plates.questions import questions
+from ..plates.tasks import CAPTION_PROMPT, PlateWorld, choose_questions
+from ..plates.words import Plate, caption_of
 from ..processing_mono_internvl import MonoInternVLProcessor
 from .data import Collator, encode_conversation
 from .groups import train_only
 from .loading import Batches, Conversations, UnitBatches, mixture
-from .plate_tasks import CAPTION_PROMPT, PlateWorld, choose_questions
-from .plate_world import Plate, caption_of, questions, sample_plate
 from .run import ROOT, dense_config, start_vision, write_json
 from .sources import Source
 from .trainer import EViPTrainer, weighted_loss_sum

@@ -15,10 +15,11 @@ import numpy as np
 import torch
 from torch.utils.data import Dataset, Sampler, get_worker_info
 
+from ..common.record import Record
 from ..processing_mono_internvl import MonoInternVLProcessor
 from .data import Collator, Example, PackCollator, encode_conversation, picture_sizes
 from .records import BadSample
-from .sources import Record, Source, reading
+from .sources import Source, reading
 
 
 logger = logging.getLogger(__name__)

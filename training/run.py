@@ -17,10 +17,10 @@ from ..cli.common import written_whole
 from ..configuration_mono_internvl import MonoInternVLTextConfig
 from ..image_processing_mono_internvl import MonoInternVLImageProcessor
 from ..modeling_mono_internvl import MonoInternVLForCausalLM, make_drop_path
+from ..plates.tasks import PlateWorld
 from ..processing_mono_internvl import MonoInternVLProcessor
 from .groups import count_parameters, linear_modules, train_only
 from .loading import Batches, Conversations, Key, UnitBatches, mixture, one_pass, packed
-from .plate_tasks import PlateWorld
 from .sources import Source, open_sources
 from .stages import RECIPES, Stage, load_stage
 from .trainer import EViPTrainer, Progress, checkpoints

@@ -13,14 +13,15 @@ import dataclasses
 import json
 import logging
 import math
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NamedTuple, Protocol
+from typing import Any, Protocol
 
 import numpy as np
 
+from ..common.record import Record
 from .records import FORMS, BadSample, count_marks, is_empty, read_record
 
 
@@ -47,18 +48,6 @@ def reading(where: str) -> Iterator[None]:
     except (Exception, GeneratorExit) as error:
         plain = isinstance(error, (ValueError, OSError)) and str(error)
         raise BadSample(f"{where}: {error if plain else repr(error)}") from error
-
-
-class Record(NamedTuple):
-    """One conversation. `messages` are chat messages whose pictures are paths or PIL images; `where` names it.
-
-    `finish`, called with the encoded example and the processor, may add targets to it.
-    """
-
-    messages: list[dict[str, Any]]
-    where: str
-    max_tiles: int | None = None
-    finish: Callable[[dict[str, Any], Any], None] | None = None
 
 
 class Records(Protocol):

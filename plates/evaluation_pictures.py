@@ -17,7 +17,7 @@ from typing import Any
 
 from PIL import Image
 
-from ..training.plate_world import CANONICAL, COLORS, POSITIONS, SHAPES, Item, Plate, caption_of, grounded_answer
+from .words import CANONICAL, COLORS, POSITIONS, SHAPES, Item, Plate, caption_of, grounded_answer
 
 
 CATEGORIES = ("shape", "color", "count", "number", "position", "caption")

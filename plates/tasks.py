@@ -17,23 +17,13 @@ from typing import Any
 
 import torch
 
+from ..common.record import Record
 from ..image_processing_mono_internvl import choose_grid
 from ..processing_mono_internvl import MonoInternVLProcessor
-from .plate_world import (
-    COLORS,
-    QA,
-    SHAPES,
-    Item,
-    Plate,
-    caption_of,
-    check_size,
-    draw_plate,
-    position_of,
-    questions,
-    sample_plate,
-    sample_sheet,
-)
-from .sources import Record
+from .drawing import draw_plate
+from .layout import check_size, sample_plate, sample_sheet
+from .questions import questions
+from .words import COLORS, QA, SHAPES, Item, Plate, caption_of, position_of
 
 
 TASKS = ("text", "noisy_captions", "captions", "alignment", "instructions")
