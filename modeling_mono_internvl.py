@@ -12,10 +12,6 @@
 Shapes: B batch, T current tokens, S all tokens incl. cache, N = B*T, V visual tokens, H hidden, D head_dim, P patches.
 """
 
-import copy
-import itertools
-import os
-from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -27,49 +23,33 @@ from transformers.activations import ACT2FN
 from transformers.cache_utils import Cache, DynamicCache
 from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.modeling_outputs import BaseModelOutputWithPast, BaseModelOutputWithPooling, CausalLMOutputWithPast
-from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS, PreTrainedModel
-from transformers.quantizers.auto import AutoQuantizationConfig
-from transformers.utils import is_peft_available, logging
 from transformers.utils.generic import can_return_tuple, merge_with_config_defaults
 from transformers.utils.output_capturing import capture_outputs
 
+from .attention_mono_internvl import eager_attention_forward, last_queries, own_attention, packed_samples, prompt_mask
 from .chat_mono_internvl import AnswerStreamer, MonoInternVLChatMixin, cpu_has_bfloat16_units
 from .compat_mono_internvl import (
     CACHE,
     CacheNames,
     cache_of,
-    causal_mask,
     checked_keywords,
-    is_paged,
     one_cache,
     register_causal_lm,
     update_cache,
 )
-from .configuration_mono_internvl import (
-    MonoInternVLConfig,
-    MonoInternVLTextConfig,
-    MonoInternVLVisionConfig,
-    check_rope,
-)
+from .configuration_mono_internvl import MonoInternVLConfig, MonoInternVLTextConfig, MonoInternVLVisionConfig
 from .generation_mono_internvl import MonoInternVLGenerationMixin
 from .image_processing_mono_internvl import patchify
+from .loading_mono_internvl import SavingMixin, StrictLoadingMixin
 from .prompt_mono_internvl import place_images
-from .weight_mapping_mono_internvl import adapter_base, checkpoint_mapping, register_checkpoint_mapping
+from .rope_mono_internvl import MonoInternVLRotaryEmbedding, rotate, signed
+from .training_mono_internvl import make_drop_path, next_token_loss, no_tiles, without_cache
+from .weight_mapping_mono_internvl import register_checkpoint_mapping
 
-
-logger = logging.get_logger(__name__)
 
 register_checkpoint_mapping(MonoInternVLConfig.model_type)
 register_causal_lm(MonoInternVLConfig.model_type, "MonoInternVLForCausalLM")
-# Options on old model cards -> what to write.
-_RELEASED_OPTIONS = {
-    "use_flash_attn": "attn_implementation='flash_attention_2', or nothing for torch's own",
-    "load_in_8bit": "quantization_config=BitsAndBytesConfig(load_in_8bit=True)",
-    "load_in_4bit": "quantization_config=BitsAndBytesConfig(load_in_4bit=True)",
-}
-# What says where a model lies; its processor lies there too.
-_PLACE = ("revision", "cache_dir", "subfolder", "token", "local_files_only")
 
 
 # --------------------------------------------------------------------------------------------------------- routing
@@ -102,41 +82,6 @@ def make_routing_plan(visual_token_mask: torch.Tensor, num_visual: int) -> Routi
     """bool [B, T] and its count, known on the host: no shape depends on data and the device is not waited for."""
     order = torch.argsort((~visual_token_mask).reshape(-1).to(torch.int8), stable=True)
     return RoutingPlan(text=order[num_visual:], visual=order[:num_visual])
-
-
-class PlaceholderCheck:
-    """Compares placeholders with visual tokens without keeping the device waiting.
-
-    On CUDA the counts travel to the host while the layers are being launched; `settle` waits for that small copy alone,
-    so the queue stays full.
-    """
-
-    def __init__(self, mask: torch.Tensor, keep: int | None, num_visual: int, image_token_id: int):
-        """bool mask [B, T] of the placeholders; `keep`: last rows that the last layer would compute alone."""
-        self.num_visual, self.image_token_id = num_visual, image_token_id
-        self.counts = torch.stack([mask.sum(), mask[:, -(keep or 0) :].sum()])
-        self.copied = None
-        if mask.is_cuda:
-            self.counts = self.counts.to("cpu", non_blocking=True)
-            self.copied = torch.cuda.Event()
-            self.copied.record(torch.cuda.current_stream(mask.device))
-
-    def settle(self) -> bool:
-        """Whether all kept rows are text.
-
-        Raises:
-            ValueError: as many visual tokens as placeholders are needed; names both counts.
-        """
-        if self.copied is not None:
-            self.copied.synchronize()
-        placeholders, kept = self.counts.tolist()
-        if placeholders != self.num_visual:
-            raise ValueError(
-                f"the pictures give {self.num_visual} visual tokens but the input has {placeholders} image "
-                f"placeholders (id {self.image_token_id}); they must match (who cuts a batch by rows has to cut its "
-                "tiles with them, which TRL's GRPO and RLOO do only for max_tiles=1)"
-            )
-        return kept == 0
 
 
 # ------------------------------------------------------------------------------------------------- visual embedding
@@ -247,150 +192,6 @@ class MonoInternVLRMSNorm(nn.Module):
         return self.weight * F.rms_norm(x, x.shape[-1:], eps=self.variance_epsilon)
 
 
-class MonoInternVLRotaryEmbedding(nn.Module):
-    """RoPE tables; dynamic NTK beyond `max_position_embeddings` without state, branches or a device sync.
-
-    Types whose frequencies are constants (linear, llama3, yarn) take transformers' own.
-
-    base' = theta * (f * L / max - (f - 1)) ** (D / (D - 2)), L = largest position of the call + 1, cache included.
-    """
-
-    inv_freq: torch.Tensor
-
-    def __init__(self, config: MonoInternVLTextConfig):
-        super().__init__()
-        self.config = config
-        # Filled and checked by the config too, but `rope_parameters` can be assigned later.
-        config.standardize_rope_params()
-        self.theta = float(config.rope_parameters["rope_theta"])
-        self.rope_type = check_rope(config.rope_parameters)
-        self.dynamic = self.rope_type == "dynamic"
-        self.factor = float(config.rope_parameters.get("factor", 1.0))
-        self.attention_scaling = 1.0
-        self.register_buffer("inv_freq", self.initial_inv_freq(), persistent=False)
-
-    def exponents(self, device: torch.device | None = None) -> torch.Tensor:
-        dim = self.config.head_dim
-        return torch.arange(0, dim, 2, dtype=torch.int64, device=device).float() / dim
-
-    def initial_inv_freq(self) -> torch.Tensor:
-        if self.rope_type in ("default", "dynamic"):
-            return 1.0 / (self.theta ** self.exponents())
-        inv_freq, self.attention_scaling = ROPE_INIT_FUNCTIONS[self.rope_type](self.config)
-        return inv_freq
-
-    @torch.no_grad()
-    def forward(self, x: torch.Tensor, position_ids: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """position_ids int64 [B, T] -> cos, sin [B, T, D] in the dtype of `x`."""
-        inv_freq = self.inv_freq.float()
-        if self.dynamic:
-            dim, limit = self.config.head_dim, self.config.max_position_embeddings
-            length = (position_ids.max() + 1).clamp(min=limit).float()
-            base = self.theta * ((self.factor * length / limit) - (self.factor - 1)) ** (dim / (dim - 2))
-            scaled = 1.0 / (base ** self.exponents(position_ids.device))
-            inv_freq = torch.where(length > limit, scaled, inv_freq.to(position_ids.device))
-        angles = position_ids[..., None].float() * inv_freq.to(position_ids.device)
-        angles = torch.cat((angles, angles), dim=-1)
-        cos, sin = angles.cos(), angles.sin()
-        if self.attention_scaling != 1.0:  # yarn's
-            cos, sin = cos * self.attention_scaling, sin * self.attention_scaling
-        return cos.to(x.dtype), sin.to(x.dtype)
-
-
-def rotate(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
-    """Half-split rotation of [B, heads, T, D] by cos, sin [B, T, D], the first half of sin negated (`signed`)."""
-    return torch.addcmul(x * cos.unsqueeze(1), x.roll(x.shape[-1] // 2, dims=-1), sin.unsqueeze(1))
-
-
-def signed(sin: torch.Tensor) -> torch.Tensor:
-    """Negate the first half once per forward: rotating needs no negation then."""
-    first, second = sin.chunk(2, dim=-1)
-    return torch.cat((-first, second), dim=-1)
-
-
-def eager_attention_forward(
-    module: nn.Module,
-    query: torch.Tensor,
-    key: torch.Tensor,
-    value: torch.Tensor,
-    attention_mask: torch.Tensor | None,
-    scaling: float,
-    dropout: float = 0.0,
-    **kwargs: Any,
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """Softmax attention in float32; query [B, heads, T, D], key and value [B, kv_heads, S, D] -> [B, T, heads, D]."""
-    groups: int = module.num_key_value_groups  # type: ignore[assignment]
-    key, value = key.repeat_interleave(groups, dim=1), value.repeat_interleave(groups, dim=1)
-    scores = query @ key.transpose(2, 3) * scaling
-    if attention_mask is not None:
-        scores = scores + attention_mask
-    weights = F.softmax(scores, dim=-1, dtype=torch.float32).to(query.dtype)
-    weights = F.dropout(weights, p=dropout, training=module.training)
-    return (weights @ value).transpose(1, 2).contiguous(), weights
-
-
-def grouped_sdpa_forward(
-    module: nn.Module,
-    query: torch.Tensor,
-    key: torch.Tensor,
-    value: torch.Tensor,
-    attention_mask: torch.Tensor,
-    scaling: float,
-    **kwargs: Any,
-) -> tuple[torch.Tensor, None]:
-    """Attention of one query per head, [B, heads, 1, D] -> [B, 1, heads, D], without copying the cache.
-
-    The heads of a group become queries of their key head; transformers would repeat keys and values for them, because
-    sdpa's own grouping does not go with a mask.
-    """
-    batch, heads, _, width = query.shape
-    query = query.reshape(batch, key.shape[1], -1, width)
-    out = F.scaled_dot_product_attention(query, key, value, attn_mask=attention_mask, scale=scaling)
-    return out.reshape(batch, 1, heads, width), None
-
-
-def sample_sdpa_forward(
-    module: nn.Module,
-    query: torch.Tensor,
-    key: torch.Tensor,
-    value: torch.Tensor,
-    attention_mask: None,
-    scaling: float,
-    samples: list[list[int]],
-    dropout: float = 0.0,
-    **kwargs: Any,
-) -> tuple[torch.Tensor, None]:
-    """Causal attention inside each sample of packed rows, [B, heads, T, D] -> [B, T, heads, D].
-
-    A whole mask would make a pack cost the square of its length; this costs the squares of its samples' lengths.
-
-    Args:
-        samples: for each row the lengths of its samples, which add up to T.
-    """
-    rows = []
-    # Split, not sliced: the gradient of a split is one concatenation, that of each slice a whole tensor of zeros.
-    for *row, lengths in zip(query.split(1), key.split(1), value.split(1), samples, strict=True):
-        parts = zip(*(x.split(lengths, dim=2) for x in row), strict=True)
-        attended = [
-            F.scaled_dot_product_attention(q, k, v, dropout_p=dropout, is_causal=True, scale=scaling, enable_gqa=True)
-            for q, k, v in parts
-        ]
-        rows.append(torch.cat(attended, dim=2))
-    return torch.cat(rows).transpose(1, 2), None
-
-
-def sample_lengths(position_ids: torch.Tensor) -> list[list[int]] | None:
-    """int64 [B, T] -> for each row the lengths of its samples, which begin where positions do not go on by one; None
-    where no row holds more than one. The host waits for the device once.
-    """
-    starts = (position_ids.diff(dim=-1) != 1).nonzero().tolist()
-    if not starts:
-        return None
-    length = position_ids.shape[1]
-    cuts = [[0, *(place + 1 for row, place in starts if row == number), length] for number in range(len(position_ids))]
-    return [[end - start for start, end in itertools.pairwise(row)] for row in cuts]
-
-
 class MonoInternVLAttention(nn.Module):
     """Grouped-query attention; with visual attention experts, visual tokens are projected by their own matrices."""
 
@@ -451,26 +252,18 @@ class MonoInternVLAttention(nn.Module):
         if cache is not None:
             k, v = update_cache(cache, k, v, self.layer_idx, kwargs)
 
-        attend: Callable = ALL_ATTENTION_FUNCTIONS.get_interface(
-            self.config._attn_implementation, eager_attention_forward
-        )
         dropout = self.attention_dropout if self.training else 0.0
+        # transformers reads this file for the next call before it lets anyone change the backend.
+        backend = ALL_ATTENTION_FUNCTIONS.get_interface(self.config._attn_implementation, eager_attention_forward)
+        attend = own_attention(self, q, attention_mask, cache, samples) or backend
         if samples is not None:
-            attend, kwargs["samples"] = sample_sdpa_forward, samples
-        elif not is_paged(cache) and self._reads_cache_once(q, attention_mask):
-            attend = grouped_sdpa_forward
+            kwargs["samples"] = samples
         out, weights = attend(self, q, k, v, attention_mask, dropout=dropout, scaling=self.scaling, **kwargs)
         out = out.reshape(*out.shape[:2], -1).contiguous()
         if routing is None or not self.visual_o or queries is not None:
             return self.o_proj(out), weights
         text, visual = routing.split(out)
         return routing.merge(self.o_proj(text), self.visual_o_proj(visual), out.shape[:2]), weights
-
-    def _reads_cache_once(self, q: torch.Tensor, mask: torch.Tensor | None) -> bool:
-        """Whether `grouped_sdpa_forward` applies: decoding with a mask, as with a static cache, under sdpa."""
-        if self.config._attn_implementation != "sdpa" or q.shape[2] != 1 or self.training:
-            return False
-        return self.num_key_value_groups > 1 and mask is not None and mask.shape[1] == 1
 
 
 class MonoInternVLMLP(nn.Module):
@@ -486,19 +279,6 @@ class MonoInternVLMLP(nn.Module):
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         gate, up = self.act_fn(self.gate_proj(x)), self.up_proj(x)
         return self.down_proj(gate * up if torch.is_grad_enabled() else gate.mul_(up))
-
-
-def make_drop_path(config: MonoInternVLTextConfig, layer_idx: int) -> nn.Module:
-    """Stochastic depth, growing linearly with depth; timm is asked for only when it is used."""
-    if config.drop_path_rate == 0:
-        return nn.Identity()
-    try:
-        from timm.layers import DropPath
-    except ImportError as error:
-        raise ImportError(
-            f"drop_path_rate={config.drop_path_rate} needs timm: pip install 'mono-internvl[droppath]'"
-        ) from error
-    return DropPath(config.drop_path_rate * layer_idx / max(config.num_hidden_layers - 1, 1))
 
 
 class MonoInternVLDecoderLayer(GradientCheckpointingLayer):
@@ -568,7 +348,7 @@ class MonoInternVLCausalLMOutputWithPast(CacheNames, CausalLMOutputWithPast):
     image_outputs: BaseModelOutputWithPooling | None = None
 
 
-class MonoInternVLPreTrainedModel(PreTrainedModel):
+class MonoInternVLPreTrainedModel(SavingMixin, PreTrainedModel):
     config: MonoInternVLConfig
     base_model_prefix = "model"
     input_modalities = ("image", "text")  # type: ignore[assignment]
@@ -593,25 +373,6 @@ class MonoInternVLPreTrainedModel(PreTrainedModel):
         elif isinstance(module, MonoInternVLRotaryEmbedding):
             init.copy_(module.inv_freq, module.initial_inv_freq())
 
-    def save_pretrained(self, save_directory, *args, save_original_format: bool = False, **kwargs):  # type: ignore[no-untyped-def]
-        """As in transformers, but our layout is the default: `Trainer` resumes with a plain `load_state_dict`, which
-        would skip every official key. `save_original_format=True` writes the official layout (v1 only).
-
-        Raises:
-            ValueError: the official layout is asked for and the model has visual attention experts.
-        """
-        experts = getattr(self.config, "visual_attention_experts", "none")
-        if save_original_format and experts != "none":
-            raise ValueError(
-                f"the official layout has no place for visual attention experts ({experts}); "
-                "save with save_original_format=False"
-            )
-        if save_original_format:
-            # transformers would undo only what loading did, and a model loaded in our layout stays in it.
-            self._weight_conversions = checkpoint_mapping()
-        kwargs["save_original_format"] = save_original_format
-        return super().save_pretrained(save_directory, *args, **kwargs)
-
 
 class MonoInternVLTextModel(MonoInternVLPreTrainedModel):
     """The decoder: ids or embeddings -> hidden states; it knows visual tokens only through a `RoutingPlan`."""
@@ -629,12 +390,6 @@ class MonoInternVLTextModel(MonoInternVLPreTrainedModel):
         self.gradient_checkpointing = False
         self.post_init()
 
-    def get_input_embeddings(self) -> nn.Module:
-        return self.embed_tokens
-
-    def set_input_embeddings(self, value: nn.Module) -> None:
-        self.embed_tokens = value  # type: ignore[assignment]
-
     @checked_keywords
     @merge_with_config_defaults
     @capture_outputs
@@ -648,29 +403,24 @@ class MonoInternVLTextModel(MonoInternVLPreTrainedModel):
         use_cache: bool | None = None,
         routing: RoutingPlan | None = None,
         keep: int | None = None,
-        check: PlaceholderCheck | None = None,
         cache: Any = None,
         **kwargs: Any,
     ) -> BaseModelOutputWithPast:
-        """`keep`: the last layer computes only the last so many rows of each sequence, which must be text.
-
-        `check` is settled before the last layer, when its counts have long arrived, and decides about `keep`.
-        """
+        """`keep`: the last layer computes only the last so many rows of each sequence, which must be text."""
         if (input_ids is None) == (inputs_embeds is None):
             raise ValueError("exactly one of input_ids and inputs_embeds must be given")
         if inputs_embeds is None:
             inputs_embeds = self.embed_tokens(input_ids)
         cache = one_cache(cache, past_key_values)
         if self.gradient_checkpointing and self.training and torch.is_grad_enabled():
-            cache = self._without_cache(cache)
+            without_cache(cache)
+            cache = None
         elif use_cache and cache is None:
             cache = DynamicCache(config=self.config)
-        samples = None
-        if attention_mask is None and cache is None and position_ids is not None and self._may_wait():
-            samples = sample_lengths(position_ids.expand(inputs_embeds.shape[0], -1))
+        samples = packed_samples(self.config, inputs_embeds.shape[0], attention_mask, cache, position_ids)
         mask = None
         if samples is None:
-            mask = self._causal_mask(inputs_embeds, attention_mask, cache, position_ids)
+            mask = prompt_mask(self.config, inputs_embeds, attention_mask, cache, position_ids)
         if position_ids is None:
             past = 0 if cache is None else cache.get_seq_length()
             position_ids = torch.arange(inputs_embeds.shape[1], device=inputs_embeds.device).unsqueeze(0) + past
@@ -679,78 +429,22 @@ class MonoInternVLTextModel(MonoInternVLPreTrainedModel):
         position_embeddings = cos, signed(sin)
         if keep is not None and keep >= x.shape[1]:
             keep = None
-        for layer in self.layers[:-1]:
+        last_mask, queries = (mask, None) if samples is not None else last_queries(self.config, mask, keep, cache)
+        for index, layer in enumerate(self.layers, 1):
+            is_last = index == len(self.layers)
             x = layer(
                 x,
-                attention_mask=mask,
+                attention_mask=last_mask if is_last else mask,
                 position_embeddings=position_embeddings,
                 position_ids=position_ids,
                 cache=cache,
                 routing=routing,
+                keep=keep if is_last else None,
+                queries=queries if is_last else None,
                 samples=samples,
                 **kwargs,
             )
-        if check is not None and not check.settle():
-            keep = None
-        queries = None
-        if samples is None:
-            mask, queries = self._last_queries(mask, keep, cache)
-        x = self.layers[-1](
-            x,
-            attention_mask=mask,
-            position_embeddings=position_embeddings,
-            position_ids=position_ids,
-            cache=cache,
-            routing=routing,
-            keep=keep,
-            queries=queries,
-            samples=samples,
-            **kwargs,
-        )
         return BaseModelOutputWithPast(last_hidden_state=self.norm(x), **{CACHE: cache})
-
-    @staticmethod
-    def _without_cache(cache: Cache | None) -> None:
-        """Layers that are computed again for their gradients would write the cache twice, so they get none.
-
-        Raises:
-            ValueError: the cache holds tokens that this call is meant to continue.
-        """
-        if cache is not None and cache.get_seq_length():
-            raise ValueError(
-                f"gradient checkpointing cannot continue a cache of {cache.get_seq_length()} tokens: give the whole "
-                "sequence, or turn it off with model.gradient_checkpointing_disable()"
-            )
-
-    def _causal_mask(
-        self, x: torch.Tensor, attention_mask: Any, cache: Cache | None, position_ids: torch.Tensor | None
-    ) -> Any:
-        """The mask for the attention backend, or None where the causal kernel needs none.
-
-        transformers looks for packed samples in positions and for padding in masks: each makes the host wait, and where
-        it cannot look, under compile and in CUDA graphs, it makes a whole T x S mask. So a plain prompt is not asked
-        about, and positions of our own, which never restart inside a row, are not shown.
-        """
-        empty = cache is None or (isinstance(cache, DynamicCache) and cache.get_seq_length() == 0)
-        if attention_mask is None and position_ids is None and empty and self.config._attn_implementation == "sdpa":
-            return None
-        return causal_mask(self.config, x, attention_mask, cache, position_ids)
-
-    def _may_wait(self) -> bool:
-        """Whether packed samples are attended to one by one: by sdpa, where the host may look at the positions."""
-        capturing = torch.cuda.is_available() and torch.cuda.is_current_stream_capturing()
-        return self.config._attn_implementation == "sdpa" and not capturing and not torch.compiler.is_compiling()
-
-    def _last_queries(self, mask: Any, keep: int | None, cache: Cache | None) -> tuple[Any, int | None]:
-        """The mask of the last `keep` queries, where the backend lets us leave the other queries out."""
-        if keep is None or self.config._attn_implementation not in ("eager", "sdpa"):
-            return mask, None
-        if isinstance(mask, torch.Tensor):
-            return (mask[:, :, -keep:], keep) if mask.dim() == 4 else (mask, None)
-        # Without a mask sdpa would align a triangle of several queries to the first keys instead of the last, and one
-        # query sees every key: right only if all keys are tokens, which the empty places of a static cache are not.
-        full = cache is None or isinstance(cache, DynamicCache)
-        return (None, 1) if mask is None and keep == 1 and full else (mask, None)
 
 
 class MonoInternVLModel(MonoInternVLPreTrainedModel):
@@ -767,18 +461,6 @@ class MonoInternVLModel(MonoInternVLPreTrainedModel):
         self.multi_modal_projector = MonoInternVLMultiModalProjector(config)
         self.language_model = MonoInternVLTextModel(config.text_config)
         self.post_init()
-
-    def get_input_embeddings(self) -> nn.Module:
-        return self.language_model.get_input_embeddings()
-
-    def set_input_embeddings(self, value: nn.Module) -> None:
-        self.language_model.set_input_embeddings(value)
-
-    def get_decoder(self) -> nn.Module:
-        return self.language_model
-
-    def set_decoder(self, decoder: Any) -> None:
-        self.language_model = decoder
 
     @checked_keywords
     @can_return_tuple
@@ -817,12 +499,8 @@ class MonoInternVLModel(MonoInternVLPreTrainedModel):
         if mm_encoder_outputs and mm_encoder_outputs.get("image") is not None:
             return mm_encoder_outputs["image"]
         if pixel_values is None and self.training and torch.is_grad_enabled():
-            # Zero tiles: every rank keeps the visual path in its graph, else DDP and FSDP wait for gradients for ever.
-            vision = self.config.vision_config
-            pixel_values = torch.zeros(0, vision.tokens_per_tile, 3 * vision.token_size**2, device=device)
-        if pixel_values is None:
-            return None
-        return self.get_image_features(pixel_values)
+            pixel_values = no_tiles(self.config.vision_config, device)
+        return None if pixel_values is None else self.get_image_features(pixel_values)
 
     @staticmethod
     def _rows(image_outputs: BaseModelOutputWithPooling | None) -> torch.Tensor | None:
@@ -836,30 +514,34 @@ class MonoInternVLModel(MonoInternVLPreTrainedModel):
 
     def _route(
         self, mask: torch.Tensor, rows: torch.Tensor | None, keep: int | None
-    ) -> tuple[RoutingPlan | None, int | None, PlaceholderCheck | None]:
-        """The plan for this forward, `keep` if the last rows may be computed alone (all of them text), and the check.
+    ) -> tuple[RoutingPlan | None, int | None]:
+        """The plan for this forward, and `keep` if the last layer may compute those rows alone: all of them are text.
 
         Raises:
-            ValueError: as many visual tokens as placeholders are needed; names both counts. On CUDA the check that is
-                returned raises it.
+            ValueError: as many visual tokens as placeholders are needed; names both counts.
         """
-        # A bare mask is counted here: the one case that waits for the device.
-        count = int(mask.sum()) if rows is None else rows.shape[0]
         if torch.compiler.is_compiling() or (mask.is_cuda and torch.cuda.is_current_stream_capturing()):
             # Nothing can be looked at here; whether the kept rows are text is unknown, so the last layer does them all.
+            count = int(mask.sum()) if rows is None else rows.shape[0]
             if rows is not None:
                 # The check that neither breaks the graph nor waits for the device; it cannot name the counts.
                 torch._assert_async(
                     mask.sum() == count,
                     f"image placeholders (id {self.config.image_token_id}) and visual tokens differ in number",
                 )
-            return make_routing_plan(mask, count), None, None
-        check: PlaceholderCheck | None = PlaceholderCheck(mask, keep, count, self.config.image_token_id)
-        if not mask.is_cuda:
-            keep, check = (keep if check.settle() else None), None  # type: ignore[union-attr]
-        if count == 0 and not (self.training and rows is not None):
-            return None, keep, check
-        return make_routing_plan(mask, count), keep, check
+            return make_routing_plan(mask, count), None
+        # The one read of a forward: when a prompt begins, the device has nothing queued that it would wait for.
+        placeholders, kept = torch.stack([mask.sum(), mask[:, -(keep or 0) :].sum()]).tolist()
+        if rows is not None and rows.shape[0] != placeholders:
+            raise ValueError(
+                f"the pictures give {rows.shape[0]} visual tokens but the input has {placeholders} image placeholders "
+                f"(id {self.config.image_token_id}); they must match (who cuts a batch by rows has to cut its tiles "
+                "with them, which TRL's GRPO and RLOO do only for max_tiles=1)"
+            )
+        keep = keep if kept == 0 else None
+        if placeholders == 0 and not (self.training and rows is not None):
+            return None, keep
+        return make_routing_plan(mask, placeholders), keep
 
     @checked_keywords
     @can_return_tuple
@@ -892,7 +574,7 @@ class MonoInternVLModel(MonoInternVLPreTrainedModel):
         if inputs_embeds is None:
             inputs_embeds = self.get_input_embeddings()(input_ids)
 
-        routing, check = None, None
+        routing = None
         if mask is not None:
             if mask.shape != inputs_embeds.shape[:2]:
                 raise ValueError(
@@ -900,7 +582,7 @@ class MonoInternVLModel(MonoInternVLPreTrainedModel):
                     f"got {tuple(mask.shape)}"
                 )
             mask = mask.to(device=inputs_embeds.device, dtype=torch.bool)
-            routing, keep, check = self._route(mask, rows, keep)
+            routing, keep = self._route(mask, rows, keep)
         if routing is not None and rows is not None:
             flat = inputs_embeds.reshape(-1, inputs_embeds.shape[-1])
             flat = flat.index_copy(0, routing.visual, rows.to(flat.device, flat.dtype))
@@ -914,7 +596,6 @@ class MonoInternVLModel(MonoInternVLPreTrainedModel):
             use_cache=use_cache,
             routing=routing,
             keep=keep,
-            check=check,
             **kwargs,
         )
         return MonoInternVLModelOutputWithPast(
@@ -927,7 +608,9 @@ class MonoInternVLModel(MonoInternVLPreTrainedModel):
         )
 
 
-class MonoInternVLForCausalLM(MonoInternVLChatMixin, MonoInternVLGenerationMixin, MonoInternVLPreTrainedModel):
+class MonoInternVLForCausalLM(
+    MonoInternVLChatMixin, MonoInternVLGenerationMixin, StrictLoadingMixin, MonoInternVLPreTrainedModel
+):
     """Mono-InternVL with its output head, `generate` and `chat`."""
 
     _tied_weights_keys = {"lm_head.weight": "model.language_model.embed_tokens.weight"}
@@ -941,123 +624,10 @@ class MonoInternVLForCausalLM(MonoInternVLChatMixin, MonoInternVLGenerationMixin
         self.lm_head = nn.Linear(config.text_config.hidden_size, config.text_config.vocab_size, bias=False)
         self.post_init()
 
-    def get_input_embeddings(self) -> nn.Module:
-        return self.model.get_input_embeddings()
-
-    def set_input_embeddings(self, value: nn.Module) -> None:
-        self.model.set_input_embeddings(value)
-
-    def get_output_embeddings(self) -> nn.Module:
-        return self.lm_head
-
-    def set_output_embeddings(self, value: nn.Module) -> None:
-        self.lm_head = value
-
-    def get_decoder(self) -> nn.Module:
-        return self.model.get_decoder()
-
-    def set_decoder(self, decoder: nn.Module) -> None:
-        self.model.set_decoder(decoder)
-
     @checked_keywords
     def get_image_features(self, pixel_values: torch.Tensor, **kwargs: Any) -> BaseModelOutputWithPooling:
         """See `MonoInternVLModel.get_image_features`."""
         return self.model.get_image_features(pixel_values, **kwargs)
-
-    # ---- loading
-
-    @classmethod
-    def from_pretrained(cls, pretrained_model_name_or_path, *args, **kwargs):  # type: ignore[no-untyped-def]
-        """As in transformers, for our layout and the official one, and strict.
-
-        A folder of adapters is loaded over the base that it names.
-
-        Raises:
-            ValueError: weights are missing or unexpected (all are listed), unless the caller looks after them through
-                `output_loading_info=True` or `ignore_mismatched_sizes=True`; an adapter's base is not named.
-            TypeError: an option of the released code.
-            ImportError: adapters without PEFT.
-        """
-        for name, instead in _RELEASED_OPTIONS.items():
-            if name in kwargs:
-                raise TypeError(
-                    f"{name} is an option of the released code: say {instead}; docs/legacy.md has the others"
-                )
-        place = {name: kwargs[name] for name in _PLACE if kwargs.get(name) is not None}
-        adapter_kwargs = dict(kwargs.pop("adapter_kwargs", None) or {})
-        # An `Auto` class looks for adapters before it calls this, and hands over their folder and base.
-        adapter, base = adapter_kwargs.pop("_adapter_model_path", None), pretrained_model_name_or_path
-        # None: the weights come as `state_dict`.
-        whole = base is None or os.path.isfile(os.path.join(str(base), "config.json"))
-        if adapter is None and not whole and (named := adapter_base(base)):
-            adapter, base = base, named
-        if adapter is not None and not is_peft_available():
-            raise ImportError(f"{adapter} holds adapters, which PEFT reads: pip install peft")
-        if kwargs.get("quantization_config") is not None:
-            kwargs["quantization_config"] = spare(kwargs["quantization_config"], cls._unquantized_modules)
-        wants_info = kwargs.pop("output_loading_info", False)
-        tolerant = wants_info or kwargs.get("ignore_mismatched_sizes", False)
-        # Mis-shaped weights are listed below with the others; transformers' own error names none.
-        kwargs["ignore_mismatched_sizes"] = True
-        loaded: Any = super().from_pretrained(base, *args, output_loading_info=True, **kwargs)
-        model, info = loaded
-        if not tolerant:
-            _refuse_gaps(base, info)
-        if adapter is not None:
-            found = model.load_adapter(adapter, adapter_kwargs=adapter_kwargs)
-            if not tolerant:
-                _refuse_gaps(adapter, vars(found))
-        model._loaded_from = [(str(base), place)] if base is not None else []
-        if adapter is not None:
-            model._loaded_from.insert(0, (str(adapter), place if base == pretrained_model_name_or_path else {}))
-        if model.dtype == torch.float16:
-            logger.warning(
-                "Mono-InternVL was loaded in float16, in which its activations overflow to NaN; use bfloat16 or float32"
-            )
-        return (model, info) if wants_info else model
-
-    # ---- forward
-
-    def _loss(
-        self,
-        logits: torch.Tensor,
-        labels: torch.Tensor | None,
-        num_items_in_batch: torch.Tensor | int | None = None,
-        shift_labels: torch.Tensor | None = None,
-        ignore_index: int = -100,
-        **kwargs: Any,
-    ) -> torch.Tensor:
-        """Mean cross-entropy of the next token over the targets that are no placeholders.
-
-        Collators that know nothing of visual tokens leave placeholders among the labels, and whoever counts the targets
-        of a step (`num_items_in_batch`) counts them too. The count is lowered by their share in this call: exact where
-        the call holds the whole step, and for several micro-batches a mean of their means by the targets counted.
-        """
-        image_token, vocab_size = self.config.image_token_id, self.config.text_config.vocab_size
-        if labels is not None and labels.shape[-1] != logits.shape[-2]:
-            raise ValueError(
-                f"labels of {labels.shape[-1]} positions for logits of {logits.shape[-2]}: with labels, leave "
-                "logits_to_keep at 0"
-            )
-        given = labels[..., 1:] if shift_labels is None else shift_labels  # type: ignore[index]
-        placeholders = given.eq(image_token)
-        if num_items_in_batch is not None:
-            counted = (given != ignore_index).sum()
-            share = (counted - placeholders.sum()) / counted.clamp(min=1)
-            num_items_in_batch = (torch.as_tensor(num_items_in_batch, device=share.device) * share).clamp(min=1e-6)
-        if shift_labels is None:
-            labels = labels.masked_fill(labels.eq(image_token), ignore_index)  # type: ignore[union-attr]
-        else:
-            shift_labels = shift_labels.masked_fill(shift_labels.eq(image_token), ignore_index)
-        return self.loss_function(
-            logits=logits,
-            labels=labels,
-            vocab_size=vocab_size,
-            num_items_in_batch=num_items_in_batch,
-            shift_labels=shift_labels,
-            ignore_index=ignore_index,
-            **kwargs,
-        )
 
     @checked_keywords
     @can_return_tuple
@@ -1118,7 +688,14 @@ class MonoInternVLForCausalLM(MonoInternVLChatMixin, MonoInternVLGenerationMixin
         logits = self.lm_head(outputs.last_hidden_state[:, kept])
         loss = None
         if labels is not None or kwargs.get("shift_labels") is not None:
-            loss = self._loss(logits, labels, **kwargs)
+            loss = next_token_loss(
+                self.loss_function,
+                logits,
+                labels,
+                placeholder=self.config.image_token_id,
+                vocab_size=self.config.text_config.vocab_size,
+                **kwargs,
+            )
         return MonoInternVLCausalLMOutputWithPast(
             loss=loss,
             logits=logits,
@@ -1128,29 +705,6 @@ class MonoInternVLForCausalLM(MonoInternVLChatMixin, MonoInternVLGenerationMixin
             image_outputs=outputs.image_outputs,
             **{CACHE: cache_of(outputs)},
         )
-
-
-def _refuse_gaps(name: Any, info: Mapping[str, Any]) -> None:
-    """Raise a ValueError that lists what a load left missing, unexpected or mis-shaped."""
-    problems = [
-        f"{len(keys)} {kind}: {', '.join(sorted(str(key) for key in keys))}"
-        for kind in ("missing", "unexpected", "mismatched")
-        if (keys := info.get(f"{kind}_keys"))
-    ]
-    if problems:
-        text = "; ".join(problems).replace(" mismatched:", " mis-shaped:")
-        raise ValueError(f"{name} does not hold this model's weights; {text}")
-
-
-def spare(quantization: Any, modules: list[str]) -> Any:
-    """A copy of a quantisation config that leaves `modules` as they are, unless it names its own."""
-    if isinstance(quantization, dict):
-        quantization = AutoQuantizationConfig.from_dict(quantization)
-    quantization = copy.copy(quantization)
-    for name in ("modules_to_not_convert", "llm_int8_skip_modules"):
-        if getattr(quantization, name, modules) is None:
-            setattr(quantization, name, list(modules))
-    return quantization
 
 
 MonoInternVLForCausalLM.register_for_auto_class("AutoModel")

@@ -17,10 +17,6 @@ Keys already in our layout match no pattern and pass through, so one class loads
 anchored: transformers applies them backwards on saving, where a catch-all would swallow another's keys.
 """
 
-import json
-import os
-from pathlib import Path
-
 import torch
 from transformers.conversion_mapping import register_checkpoint_conversion_mapping
 from transformers.core_model_loading import ConversionOps, WeightConverter, WeightRenaming
@@ -153,29 +149,3 @@ def checkpoint_mapping() -> list[WeightRenaming | WeightConverter]:
 def register_checkpoint_mapping(model_type: str) -> None:
     """Tell transformers about the official layout (again: remote code is imported anew under each hash)."""
     register_checkpoint_conversion_mapping(model_type, checkpoint_mapping(), overwrite=True)
-
-
-def adapter_base(folder: str | os.PathLike[str]) -> str | None:
-    """The model that a folder of adapter weights, as PEFT writes it, was trained on; None where it is no such folder.
-
-    A relative name is meant from where one stands, or from the adapter's folder, with which the base may travel.
-
-    Raises:
-        ValueError: the base is not named, or the weights are not there; names the file.
-    """
-    place = Path(folder)
-    file = place / "adapter_config.json"
-    if not file.is_file():
-        return None
-    try:
-        base = json.loads(file.read_text(encoding="utf-8")).get("base_model_name_or_path")
-    except (ValueError, AttributeError) as error:
-        raise ValueError(f"{file} is damaged: {error}") from error
-    if not base:
-        raise ValueError(f"{file} does not name the model that the adapter was trained on: set base_model_name_or_path")
-    if not any((place / name).is_file() for name in ("adapter_model.safetensors", "adapter_model.bin")):
-        raise ValueError(f"{folder} holds an adapter's configuration but no adapter_model.safetensors")
-    for candidate in (Path(base).expanduser(), place / base):
-        if candidate.resolve() != place.resolve() and (candidate / "config.json").is_file():
-            return str(candidate)
-    return str(base)

@@ -156,7 +156,7 @@ def base_of_adapter(model: str) -> str | None:
     if not (Path(model) / "adapter_config.json").is_file():
         # Before torch and transformers are imported for it.
         return None
-    from ..weight_mapping_mono_internvl import adapter_base
+    from ..loading_mono_internvl import adapter_base
 
     try:
         base = adapter_base(model)

@@ -16,9 +16,10 @@ from transformers.integrations import is_tensorboard_available
 from ..cli.common import written_whole
 from ..configuration_mono_internvl import MonoInternVLTextConfig
 from ..image_processing_mono_internvl import MonoInternVLImageProcessor
-from ..modeling_mono_internvl import MonoInternVLForCausalLM, make_drop_path
+from ..modeling_mono_internvl import MonoInternVLForCausalLM
 from ..plates.tasks import PlateWorld
 from ..processing_mono_internvl import MonoInternVLProcessor
+from ..training_mono_internvl import make_drop_path
 from .groups import count_parameters, linear_modules, train_only
 from .loading import Batches, Conversations, Key, UnitBatches, mixture, one_pass, packed
 from .sources import Source, open_sources

@@ -1,0 +1,162 @@
+"""Loading is strict, saving writes our layout: what a model folder holds and what is refused.
+
+a model's folder, either layout      every weight once; missing, unexpected and mis-shaped ones are listed
+a folder of LoRA adapters            its base, then the adapters over it
+options of the released code         refused, with what to say instead
+"""
+
+import copy
+import json
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers.quantizers.auto import AutoQuantizationConfig
+from transformers.utils import is_peft_available, logging
+
+from .weight_mapping_mono_internvl import checkpoint_mapping
+
+
+logger = logging.get_logger(__name__)
+
+# Options on old model cards -> what to write.
+_RELEASED_OPTIONS = {
+    "use_flash_attn": "attn_implementation='flash_attention_2', or nothing for torch's own",
+    "load_in_8bit": "quantization_config=BitsAndBytesConfig(load_in_8bit=True)",
+    "load_in_4bit": "quantization_config=BitsAndBytesConfig(load_in_4bit=True)",
+}
+# What says where a model lies; its processor lies there too.
+_PLACE = ("revision", "cache_dir", "subfolder", "token", "local_files_only")
+
+
+class SavingMixin:
+    """`save_pretrained` in our layout, or the official one."""
+
+    config: Any
+
+    def save_pretrained(self, save_directory, *args, save_original_format: bool = False, **kwargs):  # type: ignore[no-untyped-def]
+        """As in transformers, but our layout is the default: `Trainer` resumes with a plain `load_state_dict`, which
+        would skip every official key. `save_original_format=True` writes the official layout (v1 only).
+
+        Raises:
+            ValueError: the official layout is asked for and the model has visual attention experts.
+        """
+        experts = getattr(self.config, "visual_attention_experts", "none")
+        if save_original_format and experts != "none":
+            raise ValueError(
+                f"the official layout has no place for visual attention experts ({experts}); "
+                "save with save_original_format=False"
+            )
+        if save_original_format:
+            # transformers would undo only what loading did, and a model loaded in our layout stays in it.
+            self._weight_conversions = checkpoint_mapping()
+        kwargs["save_original_format"] = save_original_format
+        return super().save_pretrained(save_directory, *args, **kwargs)  # type: ignore[misc]
+
+
+class StrictLoadingMixin:
+    """`from_pretrained` of a model that answers: nothing may be missing."""
+
+    # Modules that keep their precision when weights are quantised.
+    _unquantized_modules: list[str]
+
+    @classmethod
+    def from_pretrained(cls, pretrained_model_name_or_path, *args, **kwargs):  # type: ignore[no-untyped-def]
+        """As in transformers, for our layout and the official one, and strict.
+
+        A folder of adapters is loaded over the base that it names.
+
+        Raises:
+            ValueError: weights are missing or unexpected (all are listed), unless the caller looks after them through
+                `output_loading_info=True` or `ignore_mismatched_sizes=True`; an adapter's base is not named.
+            TypeError: an option of the released code.
+            ImportError: adapters without PEFT.
+        """
+        for name, instead in _RELEASED_OPTIONS.items():
+            if name in kwargs:
+                raise TypeError(
+                    f"{name} is an option of the released code: say {instead}; docs/legacy.md has the others"
+                )
+        place = {name: kwargs[name] for name in _PLACE if kwargs.get(name) is not None}
+        adapter_kwargs = dict(kwargs.pop("adapter_kwargs", None) or {})
+        # An `Auto` class looks for adapters before it calls this, and hands over their folder and base.
+        adapter, base = adapter_kwargs.pop("_adapter_model_path", None), pretrained_model_name_or_path
+        # None: the weights come as `state_dict`.
+        whole = base is None or os.path.isfile(os.path.join(str(base), "config.json"))
+        if adapter is None and not whole and (named := adapter_base(base)):
+            adapter, base = base, named
+        if adapter is not None and not is_peft_available():
+            raise ImportError(f"{adapter} holds adapters, which PEFT reads: pip install peft")
+        if kwargs.get("quantization_config") is not None:
+            kwargs["quantization_config"] = spare(kwargs["quantization_config"], cls._unquantized_modules)
+        wants_info = kwargs.pop("output_loading_info", False)
+        tolerant = wants_info or kwargs.get("ignore_mismatched_sizes", False)
+        # Mis-shaped weights are listed below with the others; transformers' own error names none.
+        kwargs["ignore_mismatched_sizes"] = True
+        loaded: Any = super().from_pretrained(base, *args, output_loading_info=True, **kwargs)  # type: ignore[misc]
+        model, info = loaded
+        if not tolerant:
+            _refuse_gaps(base, info)
+        if adapter is not None:
+            found = model.load_adapter(adapter, adapter_kwargs=adapter_kwargs)
+            if not tolerant:
+                _refuse_gaps(adapter, vars(found))
+        model._loaded_from = [(str(base), place)] if base is not None else []
+        if adapter is not None:
+            model._loaded_from.insert(0, (str(adapter), place if base == pretrained_model_name_or_path else {}))
+        if model.dtype == torch.float16:
+            logger.warning(
+                "Mono-InternVL was loaded in float16, in which its activations overflow to NaN; use bfloat16 or float32"
+            )
+        return (model, info) if wants_info else model
+
+
+def _refuse_gaps(name: Any, info: Mapping[str, Any]) -> None:
+    """Raise a ValueError that lists what a load left missing, unexpected or mis-shaped."""
+    problems = [
+        f"{len(keys)} {kind}: {', '.join(sorted(str(key) for key in keys))}"
+        for kind in ("missing", "unexpected", "mismatched")
+        if (keys := info.get(f"{kind}_keys"))
+    ]
+    if problems:
+        text = "; ".join(problems).replace(" mismatched:", " mis-shaped:")
+        raise ValueError(f"{name} does not hold this model's weights; {text}")
+
+
+def spare(quantization: Any, modules: list[str]) -> Any:
+    """A copy of a quantisation config that leaves `modules` as they are, unless it names its own."""
+    if isinstance(quantization, dict):
+        quantization = AutoQuantizationConfig.from_dict(quantization)
+    quantization = copy.copy(quantization)
+    for name in ("modules_to_not_convert", "llm_int8_skip_modules"):
+        if getattr(quantization, name, modules) is None:
+            setattr(quantization, name, list(modules))
+    return quantization
+
+
+def adapter_base(folder: str | os.PathLike[str]) -> str | None:
+    """The model that a folder of adapter weights, as PEFT writes it, was trained on; None where it is no such folder.
+
+    A relative name is meant from where one stands, or from the adapter's folder, with which the base may travel.
+
+    Raises:
+        ValueError: the base is not named, or the weights are not there; names the file.
+    """
+    place = Path(folder)
+    file = place / "adapter_config.json"
+    if not file.is_file():
+        return None
+    try:
+        base = json.loads(file.read_text(encoding="utf-8")).get("base_model_name_or_path")
+    except (ValueError, AttributeError) as error:
+        raise ValueError(f"{file} is damaged: {error}") from error
+    if not base:
+        raise ValueError(f"{file} does not name the model that the adapter was trained on: set base_model_name_or_path")
+    if not any((place / name).is_file() for name in ("adapter_model.safetensors", "adapter_model.bin")):
+        raise ValueError(f"{folder} holds an adapter's configuration but no adapter_model.safetensors")
+    for candidate in (Path(base).expanduser(), place / base):
+        if candidate.resolve() != place.resolve() and (candidate / "config.json").is_file():
+            return str(candidate)
+    return str(base)
