@@ -1,6 +1,6 @@
 """Mono-InternVL: patches + ids -> logits. What differs from a plain Llama-like decoder:
 
-1. No vision encoder. A 28 x 28 px patch is embedded linearly and is one token (`MonoInternVLVisionEmbeddings`).
+1. No vision encoder. A 28 x 28 px patch is embedded linearly and is one token (`vision_mono_internvl.py`).
 2. Two feed-forward experts per layer: `visual_mlp` (FFN_v) for visual tokens, `mlp` (FFN_t) for all others
    (paper 2410.08202, eq. 4). Routing is by the token, not by the phase, and every token passes through exactly one.
 3. With `visual_attention_experts` (1.5, paper 2507.12566) visual tokens also have their own q/k/v (and o) projections.
@@ -38,13 +38,14 @@ from .compat_mono_internvl import (
     register_causal_lm,
     update_cache,
 )
-from .configuration_mono_internvl import MonoInternVLConfig, MonoInternVLTextConfig, MonoInternVLVisionConfig
+from .configuration_mono_internvl import MonoInternVLConfig, MonoInternVLTextConfig
 from .generation_mono_internvl import MonoInternVLGenerationMixin
 from .image_processing_mono_internvl import patchify
 from .loading_mono_internvl import SavingMixin, StrictLoadingMixin
 from .prompt_mono_internvl import place_images
 from .rope_mono_internvl import MonoInternVLRotaryEmbedding, rotate, signed
 from .training_mono_internvl import make_drop_path, next_token_loss, no_tiles, without_cache
+from .vision_mono_internvl import MonoInternVLMultiModalProjector, MonoInternVLVisionEmbeddings
 from .weight_mapping_mono_internvl import register_checkpoint_mapping
 
 
@@ -66,13 +67,13 @@ class RoutingPlan(NamedTuple):
     text: torch.Tensor
     visual: torch.Tensor
 
-    def split(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    def dispatch(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """[B, T, H] -> text rows [N - V, H] and visual rows [V, H]."""
         rows = x.reshape(-1, x.shape[-1])
         return rows.index_select(0, self.text), rows.index_select(0, self.visual)
 
-    def merge(self, text: torch.Tensor, visual: torch.Tensor, batch_shape: torch.Size) -> torch.Tensor:
-        """The inverse of `split`; every row of the result is written exactly once, in place."""
+    def combine(self, text: torch.Tensor, visual: torch.Tensor, batch_shape: torch.Size) -> torch.Tensor:
+        """The inverse of `dispatch`; every row of the result is written exactly once, in place."""
         out = text.new_empty((self.text.shape[0] + self.visual.shape[0], text.shape[-1]))
         out.index_copy_(0, self.text, text).index_copy_(0, self.visual, visual)
         return out.view(*batch_shape, -1)
@@ -82,99 +83,6 @@ def make_routing_plan(visual_token_mask: torch.Tensor, num_visual: int) -> Routi
     """bool [B, T] and its count, known on the host: no shape depends on data and the device is not waited for."""
     order = torch.argsort((~visual_token_mask).reshape(-1).to(torch.int8), stable=True)
     return RoutingPlan(text=order[num_visual:], visual=order[:num_visual])
-
-
-# ------------------------------------------------------------------------------------------------- visual embedding
-
-
-class MonoInternVLPatchEmbedding(nn.Conv2d):
-    """A convolution that sees one small patch at a time, [n, 3, p, p] -> [n, C, 1, 1], and so is one matrix product.
-
-    It stays a convolution to those who wrap it: adapters and offloading hooks put theirs around the module's call.
-    """
-
-    def forward(self, patches: torch.Tensor) -> torch.Tensor:
-        patches = patches.to(self.weight.dtype)
-        return F.linear(patches.flatten(1), self.weight.flatten(1), self.bias)[..., None, None]
-
-
-class MonoInternVLVisionEmbeddings(nn.Module):
-    """Pixels -> one vector per visual token: linear 14-px patches, learned positions, 2 x 2 neighbours concatenated.
-
-    The order of the four neighbours is (2i, 2j), (2i, 2j+1), (2i+1, 2j), (2i+1, 2j+1) (upstream's pixel shuffle "v2").
-    """
-
-    class_embedding: torch.Tensor
-    pixel_mean: torch.Tensor
-    pixel_std: torch.Tensor
-
-    def __init__(self, config: MonoInternVLVisionConfig):
-        super().__init__()
-        self.config = config
-        self.token_size = config.token_size
-        self.side = config.image_size // config.patch_size
-        self.patch_embedding = MonoInternVLPatchEmbedding(
-            3, config.hidden_size, kernel_size=config.patch_size, stride=config.patch_size
-        )
-        # Row 0 belongs to the class token, which nothing uses; both are kept for a lossless round trip.
-        self.position_embedding = nn.Parameter(torch.empty(1, 1 + self.side**2, config.hidden_size))
-        self.register_buffer("class_embedding", torch.zeros(1, 1, config.hidden_size))
-        # float32 also where the model is made in bfloat16.
-        self.register_buffer("pixel_mean", torch.tensor(config.image_mean, dtype=torch.float32), persistent=False)
-        self.register_buffer("pixel_std", torch.tensor(config.image_std, dtype=torch.float32), persistent=False)
-
-    def normalize(self, pixel_values: torch.Tensor) -> torch.Tensor:
-        """uint8 [tiles, P, 3*s*s] -> float32, scaled to 0..1 and normalised per channel, on the device it is on."""
-        tiles, patches, width = pixel_values.shape
-        x = pixel_values.float().div(255).view(tiles, patches, 3, width // 3)
-        x = (x - self.pixel_mean.float().view(3, 1)) / self.pixel_std.float().view(3, 1)
-        return x.view(tiles, patches, width)
-
-    def positions(self, side: int) -> torch.Tensor:
-        """Position rows [side * side, C]; bicubic in float32 when the tile has another size than the table's."""
-        table = self.position_embedding[0, 1:]
-        if side == self.side:
-            return table
-        grid = table.float().view(1, self.side, self.side, -1).permute(0, 3, 1, 2)
-        grid = F.interpolate(grid, size=(side, side), mode="bicubic", align_corners=False)
-        return grid.permute(0, 2, 3, 1).reshape(side * side, -1).to(table.dtype)
-
-    def forward(self, pixel_values: torch.Tensor) -> torch.Tensor:
-        """[tiles, P, 3*s*s], s = 28 -> [tiles, P, 4 * C].
-
-        Raises:
-            ValueError: the patches are not s x s pixels, or P is not a square number.
-        """
-        tiles, patches, width = pixel_values.shape
-        side, s, p = round(patches**0.5), self.token_size, self.config.patch_size
-        if width != 3 * s * s or side * side != patches or side == 0:
-            raise ValueError(
-                f"pixel_values of shape {tuple(pixel_values.shape)} do not fit: expected [tiles, patches, {3 * s * s}] "
-                f"with a square number of patches (patches are {s} x {s} px)"
-            )
-        if not pixel_values.is_floating_point():
-            pixel_values = self.normalize(pixel_values)
-        # [.., 3, (2 p), (2 p)] -> four small patches of [3, p, p] in pixel-shuffle order, then one matrix product.
-        x = pixel_values.view(tiles, patches, 3, 2, p, 2, p).permute(0, 1, 3, 5, 2, 4, 6)
-        x = self.patch_embedding(x.reshape(tiles * patches * 4, 3, p, p)).view(
-            tiles, patches, 4, self.config.hidden_size
-        )
-        positions = self.positions(2 * side).view(side, 2, side, 2, -1).transpose(1, 2).reshape(patches, 4, -1)
-        return (x + positions).view(tiles, patches, 4 * x.shape[-1])
-
-
-class MonoInternVLMultiModalProjector(nn.Module):
-    """[.., 4 * C] -> [.., H]: LayerNorm, linear, exact GELU, linear."""
-
-    def __init__(self, config: MonoInternVLConfig):
-        super().__init__()
-        width, hidden = 4 * config.vision_config.hidden_size, config.text_config.hidden_size
-        self.layer_norm = nn.LayerNorm(width, eps=1e-5)
-        self.linear_1 = nn.Linear(width, hidden)
-        self.linear_2 = nn.Linear(hidden, hidden)
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return self.linear_2(F.gelu(self.linear_1(self.layer_norm(x))))
 
 
 # ---------------------------------------------------------------------------------------------------------- decoder
@@ -226,12 +134,12 @@ class MonoInternVLAttention(nn.Module):
         """[B, T, H] -> q, k, v; `queries`: only the last so many rows get a query (they are text then)."""
         if routing is None or not self.visual_qkv:
             return self.q_proj(x if queries is None else x[:, -queries:]), self.k_proj(x), self.v_proj(x)
-        text, visual = routing.split(x)
-        k = routing.merge(self.k_proj(text), self.visual_k_proj(visual), x.shape[:2])
-        v = routing.merge(self.v_proj(text), self.visual_v_proj(visual), x.shape[:2])
+        text, visual = routing.dispatch(x)
+        k = routing.combine(self.k_proj(text), self.visual_k_proj(visual), x.shape[:2])
+        v = routing.combine(self.v_proj(text), self.visual_v_proj(visual), x.shape[:2])
         if queries is not None:
             return self.q_proj(x[:, -queries:]), k, v
-        return routing.merge(self.q_proj(text), self.visual_q_proj(visual), x.shape[:2]), k, v
+        return routing.combine(self.q_proj(text), self.visual_q_proj(visual), x.shape[:2]), k, v
 
     def forward(
         self,
@@ -262,8 +170,8 @@ class MonoInternVLAttention(nn.Module):
         out = out.reshape(*out.shape[:2], -1).contiguous()
         if routing is None or not self.visual_o or queries is not None:
             return self.o_proj(out), weights
-        text, visual = routing.split(out)
-        return routing.merge(self.o_proj(text), self.visual_o_proj(visual), out.shape[:2]), weights
+        text, visual = routing.dispatch(out)
+        return routing.combine(self.o_proj(text), self.visual_o_proj(visual), out.shape[:2]), weights
 
 
 class MonoInternVLMLP(nn.Module):
@@ -294,8 +202,8 @@ class MonoInternVLDecoderLayer(GradientCheckpointingLayer):
     def feed_forward(self, x: torch.Tensor, routing: RoutingPlan | None) -> torch.Tensor:
         if routing is None:
             return self.mlp(x)
-        text, visual = routing.split(x)
-        return routing.merge(self.mlp(text), self.visual_mlp(visual), x.shape[:2])
+        text, visual = routing.dispatch(x)
+        return routing.combine(self.mlp(text), self.visual_mlp(visual), x.shape[:2])
 
     def forward(
         self,

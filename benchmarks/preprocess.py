@@ -47,7 +47,7 @@ def run_preprocess(
     import torch
 
     from ..configuration_mono_internvl import MonoInternVLVisionConfig
-    from ..modeling_mono_internvl import MonoInternVLVisionEmbeddings
+    from ..vision_mono_internvl import MonoInternVLVisionEmbeddings
 
     processor = MonoInternVLImageProcessor(tile_size=preset_config(preset).vision_config.image_size)
     side = processor.tile_size

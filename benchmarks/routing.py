@@ -36,7 +36,7 @@ def ways(layer: MonoInternVLDecoderLayer, x: torch.Tensor, plan: RoutingPlan) ->
         "plain": lambda: layer.feed_forward(x, plan),
         "both": lambda: BothExpertsLayer.feed_forward(layer, x, plan),  # type: ignore[arg-type]
         "fused": partial(_fused, _joined(layer), x, plan),
-        "permuting": lambda: plan.merge(*plan.split(x), x.shape[:2]),
+        "permuting": lambda: plan.combine(*plan.dispatch(x), x.shape[:2]),
     }
     if x.is_cuda:
         functions["streams"] = partial(_streams, layer, x, plan, torch.cuda.Stream())
@@ -58,19 +58,19 @@ def _fused(weights: tuple[torch.Tensor, torch.Tensor], x: torch.Tensor, plan: Ro
         gate, up = F.linear(rows, weights[0][i]).chunk(2, dim=-1)
         return F.linear(F.silu(gate) * up, weights[1][i])
 
-    text, visual = plan.split(x)
-    return plan.merge(expert(text, 0), expert(visual, 1), x.shape[:2])
+    text, visual = plan.dispatch(x)
+    return plan.combine(expert(text, 0), expert(visual, 1), x.shape[:2])
 
 
 def _streams(layer: Any, x: torch.Tensor, plan: RoutingPlan, side: torch.cuda.Stream) -> torch.Tensor:
-    text, visual = plan.split(x)
+    text, visual = plan.dispatch(x)
     main = torch.cuda.current_stream()
     side.wait_stream(main)
     with torch.cuda.stream(side):
         text = layer.mlp(text)
     visual = layer.visual_mlp(visual)
     main.wait_stream(side)
-    return plan.merge(text, visual, x.shape[:2])
+    return plan.combine(text, visual, x.shape[:2])
 
 
 def _grouped(

@@ -33,7 +33,7 @@ from vllm.multimodal import MULTIMODAL_REGISTRY
 from vllm.sequence import IntermediateTensors
 
 from ..configuration_mono_internvl import MonoInternVLConfig, MonoInternVLTextConfig
-from ..modeling_mono_internvl import MonoInternVLMultiModalProjector, MonoInternVLVisionEmbeddings
+from ..vision_mono_internvl import MonoInternVLMultiModalProjector, MonoInternVLVisionEmbeddings
 from .checkpoint import native_weights
 from .vllm_input import PLACEHOLDER, LargestInputs, PictureInfo, PictureProcessor
 

@@ -128,7 +128,7 @@ def test_a_plan_is_a_permutation():
     assert sorted([*plan.text.tolist(), *plan.visual.tolist()]) == list(range(150))
     assert mask.flatten()[plan.visual].all() and not mask.flatten()[plan.text].any()
     x = torch.randn(3, 50, 8)
-    assert torch.equal(plan.merge(*plan.split(x), x.shape[:2]), x)
+    assert torch.equal(plan.combine(*plan.dispatch(x), x.shape[:2]), x)
 
 
 @pytest.mark.parametrize("backend", ["eager", "sdpa"])
