@@ -15,19 +15,19 @@ import pytest
 from tokenizers import Tokenizer
 from transformers import AutoTokenizer
 
+from mono_internvl.plates.tokenizer import (
+    PROMPT_PHRASES,
+    SYSTEM_PROMPT,
+    builtin_texts,
+    plate_world_texts,
+    train_nano_tokenizer,
+)
 from mono_internvl.tokenization import (
     build_tokenizer,
     convert_tokenizer,
     internlm2,
     read_sentencepiece_model,
     save_tokenizer,
-)
-from mono_internvl.tokenization.nano import (
-    PROMPT_PHRASES,
-    SYSTEM_PROMPT,
-    builtin_texts,
-    plate_world_texts,
-    train_nano_tokenizer,
 )
 from mono_internvl.tokenization.sentencepiece_model import BYTE_PIECES, SPACE, PieceType
 
@@ -457,7 +457,7 @@ def test_nano_is_deterministic(tmp_path: Path) -> None:
     files = []
     for seed in ("1", "2"):
         out = tmp_path / seed
-        command = [sys.executable, "-m", "mono_internvl.tokenization.nano", str(out), "--plates", "30"]
+        command = [sys.executable, "-m", "mono_internvl.plates.tokenizer", str(out), "--plates", "30"]
         subprocess.run(command, check=True, env={**os.environ, "PYTHONHASHSEED": seed}, capture_output=True)
         files.append([(path.name, path.read_bytes()) for path in sorted(out.iterdir())])
     assert files[0] == files[1]

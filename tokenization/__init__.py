@@ -1,4 +1,4 @@
-"""From InternLM2's SentencePiece file to `tokenizer.json`, and the nano model's own tokenizer (`tokenization.nano`)."""
+"""From InternLM2's SentencePiece file to `tokenizer.json`."""
 
 from .internlm2 import (
     build_tokenizer,

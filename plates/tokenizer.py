@@ -7,7 +7,7 @@ Pieces are learned from words, so none reaches over a word's end, and a digit ne
 digit by digit. There is no pre-tokenizer at run time; the pieces alone keep words and digits apart. The Chinese
 system prompt stands in every conversation, so its phrases are user-defined pieces: 4 ids instead of 150.
 
-    python -m mono_internvl.tokenization.nano OUT
+    python -m mono_internvl.plates.tokenizer OUT
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from collections.abc import Iterable, Iterator
 
 from tokenizers import Regex, Tokenizer, models, normalizers, pre_tokenizers, trainers
 
-from .internlm2 import (
+from ..tokenization.internlm2 import (
     ADDED_TOKENS,
     BOS_TOKEN,
     EOS_TOKEN,
@@ -31,7 +31,10 @@ from .internlm2 import (
     save_tokenizer,
     tokenizer_from_pieces,
 )
-from .sentencepiece_model import BYTE_PIECES, SPACE, Piece, PieceType
+from ..tokenization.sentencepiece_model import BYTE_PIECES, SPACE, Piece, PieceType
+from .layout import sample_plate
+from .questions import questions
+from .words import COLORS, POSITIONS, SHAPES
 
 
 logger = logging.getLogger(__name__)
@@ -51,10 +54,6 @@ SYSTEM_PROMPT = f"{PROMPT_PHRASES[0]}{PROMPT_PHRASES[1]} {PROMPT_PHRASES[2]}"
 
 _CHARACTERS = (SPACE, "\n", *(chr(code) for code in range(0x21, 0x7F)))
 _WORD_OR_CHARACTER = f"{SPACE}?[A-Za-z]+|[^A-Za-z]"
-
-_SHAPES = ("circle", "square", "triangle", "star")
-_COLORS = ("red", "green", "blue", "yellow", "purple", "orange", "black")
-_PLACES = ("top left", "top right", "bottom left", "bottom right", "center")
 
 # Ordinary English about pictures: it fills the vocabulary when the plate world's few words are learned.
 _ENGLISH = """
@@ -107,17 +106,17 @@ Please try again.
 def builtin_texts() -> Iterator[str]:
     """Sentences that every nano tokenizer is trained on: the plate world's questions and ordinary English."""
     yield from ("What shape is in the image?", "What number is written in the image?", "Describe the image.")
-    for shape in _SHAPES:
+    for shape in SHAPES:
         yield f"What color is the {shape}?"
         yield f"How many {shape}s are there?"
-        for color in _COLORS:
+        for color in COLORS:
             yield f"Where is the {color} {shape}?"
             yield f"There is a {color} {shape}."
-    for place in _PLACES:
+    for place in POSITIONS:
         yield place
         yield f"in the {place}"
     # an answer begins a line, so its words are needed without a space before them, too
-    yield from (word for word in (*_SHAPES, *_COLORS) for _ in range(2))
+    yield from (word for word in (*SHAPES, *COLORS) for _ in range(2))
     # the roles of a conversation stand in every prompt
     yield from ("system", "user", "assistant") * 10
     yield from _ENGLISH.strip().splitlines()
@@ -125,9 +124,6 @@ def builtin_texts() -> Iterator[str]:
 
 def plate_world_texts(*, plates: int = DEFAULT_PLATES, seed: int = DEFAULT_SEED) -> Iterator[str]:
     """Questions and answers about `plates` random pictures of the plate world; the pictures are not drawn."""
-    from ..plates.layout import sample_plate
-    from ..plates.questions import questions
-
     rng = random.Random(seed)
     for _ in range(plates):
         # Pillow's own font ("") alone: a number's place must not depend on the fonts of this machine
@@ -194,7 +190,7 @@ def _learn_pieces(texts: Iterable[str], count: int) -> tuple[str, ...]:
 
 def main(arguments: list[str] | None = None) -> None:
     """Builds the nano's tokenizer from the plate world into a folder."""
-    parser = argparse.ArgumentParser(prog="python -m mono_internvl.tokenization.nano", description=main.__doc__)
+    parser = argparse.ArgumentParser(prog="python -m mono_internvl.plates.tokenizer", description=main.__doc__)
     parser.add_argument("folder", metavar="OUT", help="folder for tokenizer.json and tokenizer_config.json")
     parser.add_argument("--vocab-size", type=int, default=DEFAULT_VOCAB_SIZE)
     parser.add_argument("--plates", type=int, default=DEFAULT_PLATES, help="pictures whose questions are read")
