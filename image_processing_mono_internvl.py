@@ -12,8 +12,8 @@ The pixels equal the released model's bit for bit; see the comment in `_resize` 
 
 import functools
 import logging
-from collections.abc import Iterator
-from typing import Any, cast
+from collections.abc import Iterator, Sequence
+from typing import Any
 
 import numpy as np
 import torch
@@ -22,7 +22,15 @@ from transformers.image_processing_base import BatchFeature
 from transformers.image_processing_utils import BaseImageProcessor
 from transformers.processing_utils import ImagesKwargs
 
-from .image_loading_mono_internvl import DEFAULT_MAX_PIXELS, check_positive, exif_orientation, load_image
+from .compat_mono_internvl import check_keywords
+from .image_loading_mono_internvl import (
+    DEFAULT_MAX_PIXELS,
+    at_picture,
+    check_bool,
+    check_positive,
+    exif_orientation,
+    load_image,
+)
 
 
 logger = logging.getLogger(__name__)
@@ -136,16 +144,38 @@ class MonoInternVLImagesKwargs(ImagesKwargs, total=False):
     max_tiles: int | None
     use_thumbnail: bool | None
     max_pixels: int | None
+    convert_to_srgb: bool | None
 
 
 # Names of transformers' that say how to compute, or describe what is true here anyway: no effect on the result.
-_NEUTRAL_KWARGS = frozenset(
-    {"data_format", "device", "disable_grouping", "do_convert_rgb", "image_seq_length", "input_data_format"}
-)
+_NEUTRAL = frozenset({"default_to_square", "device", "disable_grouping", "do_convert_rgb", "image_seq_length"})
+# Names of transformers' for steps that are always the same here, each with what may be said of it.
+_FIXED = {
+    "do_resize": True,
+    "do_rescale": True,
+    "do_center_crop": False,
+    "do_pad": False,
+    "resample": Image.Resampling.BICUBIC,
+    "rescale_factor": 1 / 255,
+    "data_format": "channels_first",
+}
 # Keys that transformers itself writes into a saved configuration.
 _SERVICE_KEYS = frozenset(
     {"auto_map", "feature_extractor_type", "image_processor_type", "name_or_path", "processor_class"}
 )
+# What `from_pretrained` and transformers' automatic classes say about where to load from, and how.
+_LOADING_KEYS = frozenset(
+    {
+        *("revision", "code_revision", "subfolder", "token", "use_auth_token", "cache_dir", "local_files_only"),
+        *("force_download", "resume_download", "proxies", "mirror", "user_agent", "image_processor_filename"),
+        *("trust_remote_code", "return_unused_kwargs", "use_fast", "backend", "config"),
+    }
+)
+_OWN_KEYS = frozenset(MonoInternVLImagesKwargs.__annotations__) - frozenset(ImagesKwargs.__annotations__) | {
+    "do_normalize",
+    "image_mean",
+    "image_std",
+}
 
 
 def _resize(image: Image.Image, width: int, height: int) -> Image.Image:
@@ -168,10 +198,14 @@ class MonoInternVLImageProcessor(BaseImageProcessor):
         do_normalize: float32 `(x / 255 - mean) / std`; otherwise the raw uint8 values.
         image_mean, image_std: per channel, for values in 0..1.
         max_pixels: pictures with more pixels are refused; None leaves the limit to Pillow.
-        **kwargs: keys of other image processors are ignored, those of transformers' bookkeeping are kept.
+        convert_to_srgb: apply the ICC profile that a picture has. The released model saw pictures without.
+        **kwargs: keys of transformers' bookkeeping are kept. Names of other image processors' options (`do_resize`,
+            `size`, ..) may say what is done here anyway.
 
     Raises:
-        ValueError: tile_size is no multiple of 28, not 1 <= min_tiles <= max_tiles, or a wrong mean or std.
+        TypeError: an unknown option; the nearest known one is named.
+        ValueError: tile_size is no multiple of 28, not 1 <= min_tiles <= max_tiles, a wrong mean or std, or an option
+            of other image processors that asks for something else.
     """
 
     valid_kwargs = MonoInternVLImagesKwargs
@@ -186,6 +220,7 @@ class MonoInternVLImageProcessor(BaseImageProcessor):
         image_mean: "tuple[float, ...] | list[float]" = IMAGENET_MEAN,
         image_std: "tuple[float, ...] | list[float]" = IMAGENET_STD,
         max_pixels: int | None = DEFAULT_MAX_PIXELS,
+        convert_to_srgb: bool = False,
         **kwargs: Any,
     ) -> None:
         check_positive("tile_size", tile_size)
@@ -194,25 +229,49 @@ class MonoInternVLImageProcessor(BaseImageProcessor):
         _check_tile_range(min_tiles, max_tiles)
         if max_pixels is not None:
             check_positive("max_pixels", max_pixels)
-        for name, values in (("image_mean", image_mean), ("image_std", image_std)):
-            if not isinstance(values, (list, tuple)) or len(values) != 3:
-                raise ValueError(f"{name} must be three numbers, got {values!r}")
-        if not all(value > 0 for value in image_std):
-            raise ValueError(f"image_std must be positive, got {image_std!r}")
-        unknown = [
-            k for k in kwargs if k not in _SERVICE_KEYS and k not in ImagesKwargs.__annotations__ and k[0] != "_"
-        ]
-        if unknown:
-            logger.warning("%s ignores unknown options: %s", type(self).__name__, ", ".join(sorted(unknown)))
-        super().__init__(**{key: value for key, value in kwargs.items() if key in _SERVICE_KEYS})
+        for name, value in (
+            ("use_thumbnail", use_thumbnail),
+            ("do_normalize", do_normalize),
+            ("convert_to_srgb", convert_to_srgb),
+        ):
+            check_bool(name, value)
+        bookkeeping = {key: value for key, value in kwargs.items() if key in _SERVICE_KEYS or key[0] == "_"}
+        others = {key: value for key, value in kwargs.items() if key not in bookkeeping}
+        check_keywords(type(self).__name__, others, _OWN_KEYS | set(ImagesKwargs.__annotations__) - {"return_tensors"})
+        super().__init__(**{key: value for key, value in bookkeeping.items() if key in _SERVICE_KEYS})
         self.tile_size = int(tile_size)
         self.min_tiles = int(min_tiles)
         self.max_tiles = int(max_tiles)
         self.use_thumbnail = bool(use_thumbnail)
         self.do_normalize = bool(do_normalize)
-        self.image_mean = [float(value) for value in image_mean]
-        self.image_std = [float(value) for value in image_std]
+        self.image_mean = _three_numbers("image_mean", image_mean)
+        self.image_std = _three_numbers("image_std", image_std)
         self.max_pixels = None if max_pixels is None else int(max_pixels)
+        self.convert_to_srgb = bool(convert_to_srgb)
+        self._check_fixed(others)
+
+    @classmethod
+    def from_dict(cls, image_processor_dict: dict[str, Any], **kwargs: Any) -> Any:
+        """As in transformers; an option in `kwargs` that does not exist is refused.
+
+        A file of another image processor's (an official folder has CLIP's) gives what the two have in common; a key
+        that nobody knows is named in a warning.
+
+        Raises:
+            TypeError: an unknown option, unless `return_unused_kwargs` asks for such. ValueError: see the constructor.
+        """
+        options = [key for key in kwargs if key not in _LOADING_KEYS and key[0] != "_"]
+        if not kwargs.get("return_unused_kwargs"):
+            check_keywords(cls.__name__, options, _OWN_KEYS | set(ImagesKwargs.__annotations__))
+        settings = dict(image_processor_dict)
+        kind = settings.get("image_processor_type") or settings.get("feature_extractor_type") or cls.__name__
+        foreign = frozenset() if kind == cls.__name__ else frozenset(ImagesKwargs.__annotations__) - _OWN_KEYS
+        known = _OWN_KEYS | _SERVICE_KEYS | set(ImagesKwargs.__annotations__)
+        unknown = sorted(key for key in settings if key not in known and key[0] != "_")
+        if unknown:
+            logger.warning("%s ignores unknown options of its file: %s", cls.__name__, ", ".join(unknown))
+        settings = {key: value for key, value in settings.items() if key not in foreign and key not in unknown}
+        return super().from_dict(settings, **kwargs)
 
     @property
     def patches_per_tile(self) -> int:
@@ -228,6 +287,9 @@ class MonoInternVLImageProcessor(BaseImageProcessor):
         use_thumbnail: bool | None = None,
         do_normalize: bool | None = None,
         max_pixels: int | None = None,
+        convert_to_srgb: bool | None = None,
+        image_mean: Any = None,
+        image_std: Any = None,
         return_tensors: Any = None,
         **kwargs: Any,
     ) -> BatchFeature:
@@ -235,9 +297,11 @@ class MonoInternVLImageProcessor(BaseImageProcessor):
 
         Args:
             images: one picture, a list, or nested lists (flattened, order kept) of anything `load_image` takes; an
-                array of four dimensions is a batch of pictures.
+                array of four dimensions is a batch of pictures. Nothing of it is changed.
             min_tiles, max_tiles: tiles of each picture. A max_tiles below the processor's min_tiles lowers that too.
             return_tensors: "pt", "np" or None (as "np", with `num_tiles` as a list).
+            **kwargs: transformers' `device` (of "pt" tensors, which are computed on the CPU) and `input_data_format`
+                (of arrays: "channels_first" or "channels_last"); others may say what is done here anyway.
 
         Returns:
             pixel_values: [tiles, patches, 3*28*28] of all pictures in order, float32 normalised, or uint8 with
@@ -246,45 +310,60 @@ class MonoInternVLImageProcessor(BaseImageProcessor):
 
         Raises:
             TypeError: an unknown option. ValueError: an option that does not apply, or a wrong value.
-            FileNotFoundError, ConnectionError, ValueError, TypeError: see `load_image`.
+            FileNotFoundError, ConnectionError, ValueError, TypeError: see `load_image`; of several pictures the message
+                says which.
         """
-        self._check_call_kwargs(kwargs)
+        if kwargs:
+            check_keywords(type(self).__name__, kwargs, MonoInternVLImagesKwargs.__annotations__)
+            self._check_fixed(kwargs)
         low, high = self._tile_range(min_tiles, max_tiles)
-        thumbnail = self.use_thumbnail if use_thumbnail is None else use_thumbnail
+        thumbnail = _chosen("use_thumbnail", use_thumbnail, self.use_thumbnail)
+        normalized = _chosen("do_normalize", do_normalize, self.do_normalize)
+        srgb = _chosen("convert_to_srgb", convert_to_srgb, self.convert_to_srgb)
         limit = self.max_pixels if max_pixels is None else max_pixels
-        normalized = self.do_normalize if do_normalize is None else do_normalize
+        mean = self.image_mean if image_mean is None else _three_numbers("image_mean", image_mean)
+        std = self.image_std if image_std is None else _three_numbers("image_std", image_std)
         dtype = torch.float32 if normalized else torch.uint8
         sources = flatten_pictures(images)
         patches, num_tiles = [], []
         for index, source in enumerate(sources):
             try:
-                image = load_image(source, max_pixels=limit)
+                image = load_image(
+                    _channels_as_said(source, kwargs.get("input_data_format")),
+                    max_pixels=limit,
+                    convert_to_srgb=srgb,
+                )
                 patches.append(self._to_patches(image, low, high, thumbnail, limit, dtype))
-            except ValueError as error:
+            except (ValueError, TypeError, OSError, ImportError) as error:
                 if len(sources) == 1:
                     raise
-                raise ValueError(f"picture {index + 1} of {len(sources)}: {error}") from error
+                raise at_picture(error, index + 1, len(sources)) from error
             num_tiles.append(len(patches[-1]))
         if len(patches) == 1:
             values = patches[0]
         else:
-            empty = torch.empty((0, self.patches_per_tile, PATCH_DIM), dtype=dtype)
+            empty = torch.empty((0, self.patches_per_tile, PATCH_DIM), dtype=dtype, device="cpu")
             values = torch.cat([empty, *patches])
         if normalized:
-            self._normalize(values)
+            _normalize(values, mean, std)
         # Plain Python numbers would become float32 where the list is empty.
         data = {"pixel_values": values.numpy(), "num_tiles": np.asarray(num_tiles, dtype=np.int64)}
         if return_tensors is None:
             data["num_tiles"] = num_tiles  # type: ignore[assignment]
-        return BatchFeature(data, tensor_type=return_tensors)
+        features = BatchFeature(data, tensor_type=return_tensors)
+        device = kwargs.get("device")
+        if device is not None and return_tensors == "pt":
+            features.to(device)  # in place
+        return features
 
     def fetch_images(self, image_url_or_urls: Any, max_pixels: int | None = None) -> Any:
         """transformers' hook that loads the pictures of a prompt, nesting kept: here each goes through `load_image`."""
         if isinstance(image_url_or_urls, (list, tuple)):
             return [self.fetch_images(item, max_pixels) for item in image_url_or_urls]
-        if isinstance(image_url_or_urls, (np.ndarray, torch.Tensor)) and image_url_or_urls.ndim == 4:
+        if getattr(image_url_or_urls, "ndim", 0) == 4:
             return [self.fetch_images(item, max_pixels) for item in image_url_or_urls]
-        return load_image(image_url_or_urls, max_pixels=self.max_pixels if max_pixels is None else max_pixels)
+        limit = self.max_pixels if max_pixels is None else max_pixels
+        return load_image(image_url_or_urls, max_pixels=limit, convert_to_srgb=self.convert_to_srgb)
 
     def get_number_of_tiles(
         self,
@@ -307,18 +386,26 @@ class MonoInternVLImageProcessor(BaseImageProcessor):
         names = ("max_tiles", "min_tiles", "use_thumbnail")
         return self.get_number_of_tiles(height, width, **{name: options.get(name) for name in names})
 
-    def _check_call_kwargs(self, kwargs: dict[str, Any]) -> None:
-        own = [name for name in MonoInternVLImagesKwargs.__annotations__ if name not in ImagesKwargs.__annotations__]
-        for key, value in kwargs.items():
-            if key not in MonoInternVLImagesKwargs.__annotations__:
-                allowed = ", ".join(sorted([*own, "do_normalize", "return_tensors"]))
-                raise TypeError(f"{type(self).__name__} got an unexpected option '{key}'; allowed are {allowed}")
-            fixed = getattr(self, key, None) if key in ("tile_size", "image_mean", "image_std") else None
-            same = list(value) == fixed if isinstance(value, (list, tuple)) else value == fixed
-            if value is not None and key not in _NEUTRAL_KWARGS and not same:
-                raise ValueError(
-                    f"'{key}' cannot be changed in a call, got {value!r}; make another {type(self).__name__}"
-                )
+    def _check_fixed(self, options: dict[str, Any]) -> None:
+        """Refuse options of other image processors that ask for something else than what is done here."""
+        side = self.tile_size
+        for key, value in options.items():
+            if value is None or key in _NEUTRAL or key in _OWN_KEYS - {"tile_size"}:
+                continue
+            if key == "input_data_format":
+                if value not in ("channels_first", "channels_last"):
+                    raise ValueError(f"input_data_format must be channels_first or channels_last, got {value!r}")
+            elif key == "tile_size":
+                if value != side:
+                    raise ValueError(
+                        f"'tile_size' cannot be changed in a call, got {value!r}; make another {type(self).__name__}"
+                    )
+            elif key == "size":
+                if value != side and value not in ([side, side], (side, side)) and not _is_square(value, side):
+                    raise ValueError(f"'size' is no option here, got {value!r}: tiles are {side} px, see tile_size")
+            elif key not in _FIXED or value != _FIXED[key]:
+                fixed = f", only {_FIXED[key]!r}" if key in _FIXED else ""
+                raise ValueError(f"'{key}' is no option of {type(self).__name__}{fixed}, got {value!r}")
 
     def _tile_range(self, min_tiles: int | None, max_tiles: int | None) -> tuple[int, int]:
         high = self.max_tiles if max_tiles is None else max_tiles
@@ -346,17 +433,18 @@ class MonoInternVLImageProcessor(BaseImageProcessor):
                 f"exceeds the limit max_pixels of {max_pixels:,} pixels"
             )
         count = cols * rows
-        out = torch.empty((count + int(use_thumbnail and count > 1), p * p, PATCH_DIM), dtype=dtype)
+        out = torch.empty((count + int(use_thumbnail and count > 1), p * p, PATCH_DIM), dtype=dtype, device="cpu")
         _cut(_resize(image, cols * side, rows * side), out[:count], cols, rows, p)
         if len(out) > count:
             _cut(_resize(image, side, side), out[count:], 1, 1, p)
         return out
 
-    def _normalize(self, values: torch.Tensor) -> None:
-        """float32 0..255 [tiles, patches, D], in place, in the reference's order: with 1/255 it would be 1 ulp off."""
-        mean = torch.tensor(self.image_mean, dtype=torch.float32)[:, None]
-        std = torch.tensor(self.image_std, dtype=torch.float32)[:, None]
-        values.view(-1, 3, PATCH_SIZE * PATCH_SIZE).div_(255).sub_(mean).div_(std)
+
+def _normalize(values: torch.Tensor, mean: list[float], std: list[float]) -> None:
+    """float32 0..255 [tiles, patches, D], in place, in the reference's order: with 1/255 it would be 1 ulp off."""
+    means = torch.tensor(mean, dtype=torch.float32, device="cpu")[:, None]
+    stds = torch.tensor(std, dtype=torch.float32, device="cpu")[:, None]
+    values.view(-1, 3, PATCH_SIZE * PATCH_SIZE).div_(255).sub_(means).div_(stds)
 
 
 def _cut(image: Image.Image, out: torch.Tensor, cols: int, rows: int, p: int) -> None:
@@ -366,12 +454,54 @@ def _cut(image: Image.Image, out: torch.Tensor, cols: int, rows: int, p: int) ->
 
 
 def flatten_pictures(images: Any) -> list[Any]:
-    """Pictures in any nesting of sequences, iterators and 4-D arrays (frames) as one list, in order."""
-    if isinstance(images, (list, tuple, Iterator)):
+    """Pictures in any nesting of sequences, iterators, arrays of objects and 4-D arrays (frames) as one list, in order.
+
+    A file is one picture, though Python can iterate over it.
+    """
+    if isinstance(images, (str, bytes, bytearray, memoryview)) or hasattr(images, "read"):
+        return [images]
+    nested = isinstance(images, (list, tuple, Sequence, Iterator)) or getattr(images, "ndim", 0) >= 4
+    if nested or (isinstance(images, np.ndarray) and images.dtype == object and images.ndim):
         return [source for item in images for source in flatten_pictures(item)]
-    if isinstance(images, (np.ndarray, torch.Tensor)) and images.ndim == 4:
-        return list(cast(Any, images))
     return [images]
+
+
+def _channels_as_said(source: Any, layout: Any) -> Any:
+    """An array whose channels are where `layout` says; without, `load_image` judges by the shape."""
+    if layout is None or not isinstance(source, (np.ndarray, torch.Tensor)) or source.ndim != 3:
+        return source
+    channels = source.shape[0 if layout == "channels_first" else 2]
+    if channels not in (1, 2, 3, 4):
+        raise ValueError(f"array of shape {list(source.shape)} has {channels} channels where {layout} puts them")
+    if isinstance(source, torch.Tensor):
+        return source if layout == "channels_first" else source.permute(2, 0, 1)
+    return source if layout == "channels_last" else source.transpose(1, 2, 0)
+
+
+def _chosen(name: str, value: Any, default: bool) -> bool:
+    if value is None:
+        return default
+    check_bool(name, value)
+    return bool(value)
+
+
+def _is_square(value: Any, side: int) -> bool:
+    get = getattr(value, "get", None)
+    return get is not None and get("height") == get("width") == side
+
+
+def _three_numbers(name: str, values: Any) -> list[float]:
+    """A value per channel; one number stands for all three."""
+    single = isinstance(values, (int, float)) and not isinstance(values, bool)
+    try:
+        numbers = [float(values)] * 3 if single else [float(value) for value in values]
+    except (TypeError, ValueError):
+        numbers = []
+    if len(numbers) != 3 or isinstance(values, str) or not np.isfinite(numbers).all():
+        raise ValueError(f"{name} must be three numbers, got {values!r}")
+    if name == "image_std" and not all(number > 0 for number in numbers):
+        raise ValueError(f"image_std must be positive, got {values!r}")
+    return numbers
 
 
 MonoInternVLImageProcessor.register_for_auto_class("AutoImageProcessor")
@@ -384,6 +514,7 @@ __all__ = [
     "MonoInternVLImagesKwargs",
     "PATCH_DIM",
     "PATCH_SIZE",
+    "at_picture",
     "choose_grid",
     "exif_orientation",
     "flatten_pictures",

@@ -1,6 +1,7 @@
 """The image processor against the released model's numbers, and against whatever people call a picture."""
 
 import base64
+import collections
 import contextlib
 import functools
 import hashlib
@@ -20,7 +21,6 @@ from PIL import Image, ImageDraw
 from safetensors.torch import load_file
 
 from mono_internvl.image_processing_mono_internvl import (
-    DEFAULT_MAX_PIXELS,
     MonoInternVLImageProcessor,
     _candidate_grids,
     choose_grid,
@@ -261,8 +261,6 @@ def test_16_bit_gray_is_scaled(suffix):
                 load_image(source)
         else:
             assert pixels(load_image(source))[0, :, 0].tolist() == [0, 1, 128, 255]
-    dark = Image.fromarray(values // 257)
-    assert pixels(load_image(encoded(dark)))[0, :, 0].tolist() == [0, 0, 0, 1]
 
 
 def test_deep_gray_ranges():
@@ -317,7 +315,9 @@ def test_damaged_exif_hides_the_orientation_only():
 def test_animated_files_give_their_first_frame(suffix):
     frames = [Image.new("RGB", (20, 10), colour) for colour in ((255, 0, 0), (0, 255, 0), (0, 0, 255))]
     data = encoded(frames[0], suffix, save_all=True, append_images=frames[1:])
-    assert np.abs(pixels(load_image(data)) - [255, 0, 0]).max() <= 2
+    with pytest.warns(UserWarning, match="has 3 frames, of which the first is read") as warned:
+        assert np.abs(pixels(load_image(data)) - [255, 0, 0]).max() <= 2
+    assert len(warned) == 1
     opened = Image.open(io.BytesIO(data))
     opened.seek(1)  # a frame that the caller has chosen stays chosen
     assert np.abs(pixels(load_image(opened)) - [0, 255, 0]).max() <= 8
@@ -445,8 +445,10 @@ def test_files_that_are_no_pictures(tmp_path, content, reason):
 def test_paths_that_are_no_files(tmp_path):
     with pytest.raises(ValueError, match="folder"):
         load_image(tmp_path)
-    with pytest.raises(ValueError, match="not a usable path"):
+    with pytest.raises(ValueError, match=r"neither a file nor base64 .*5,000 characters"):
         load_image("a" * 5000)
+    with pytest.raises(ValueError, match="not a usable path"):
+        load_image("a" * 300)
     for uri in ("data:image/png;base64", "data:image/png;base64,@@@", "data:image/png;base64,", "data:,hello"):
         with pytest.raises(ValueError, match="data: URI"):
             load_image(uri)
@@ -516,14 +518,21 @@ def test_decompression_bomb(tmp_path):
     assert limit == Image.MAX_IMAGE_PIXELS and filters == list(warnings.filters)
 
 
-def test_bomb_beyond_pillows_own_limit(tmp_path, monkeypatch):
-    # Pillow's own default; the command line, which other tests call, raises it for its process.
-    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 89_478_485)
-    path = tmp_path / "huge.png"
-    Image.new("1", (14000, 14000)).save(path)
-    for max_pixels in (DEFAULT_MAX_PIXELS, 10**9, None):
-        with pytest.raises(ValueError, match=r"huge.png is too large.*max_pixels.*MAX_IMAGE_PIXELS"):
-            load_image(path, max_pixels=max_pixels)
+def test_max_pixels_decides_beyond_pillows_own_limit(monkeypatch):
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 100)
+    picture = noise(60, 40)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        for suffix in ("PNG", "JPEG", "TIFF", "WEBP", "GIF", "BMP", "PPM", "JPEG2000", "TGA", "PCX", "SGI", "DDS"):
+            data = encoded(picture, suffix)
+            assert load_image(data).size == (60, 40)
+            with pytest.raises(ValueError, match=r"too large \(60x40 = 2,400 pixels\); the limit max_pixels is 2,399"):
+                load_image(data, max_pixels=2399)
+            with pytest.raises(ValueError, match=r"too large.*limit max_pixels is off.*PIL.Image.MAX_IMAGE_PIXELS"):
+                load_image(data, max_pixels=None)
+        monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 10_000)
+        assert load_image(data, max_pixels=None).size == (60, 40)
+    assert Image.MAX_IMAGE_PIXELS == 10_000
 
 
 def test_a_strip_that_would_explode_when_stretched():
@@ -624,11 +633,104 @@ def test_fetch_images_sees_what_a_person_sees(tmp_path):
 def test_options_of_a_call():
     picture = noise(60, 60)
     small()(picture, device="cpu", data_format=None, disable_grouping=True, size=None, tile_size=56, do_resize=None)
-    with pytest.raises(TypeError, match="max_tile'.*max_tiles"):
-        small()(picture, max_tile=3)
-    for options in ({"tile_size": 84}, {"do_resize": False}, {"image_mean": [0, 0, 0]}):
+    small()(picture, do_resize=True, do_rescale=True, rescale_factor=1 / 255, do_center_crop=False, resample=3)
+    small()(picture, size={"height": 56, "width": 56}, do_convert_rgb=True, data_format="channels_first")
+    for name, nearest in (("max_tile", "max_tiles"), ("use_thumbnails", "use_thumbnail"), ("maxpixels", "max_pixels")):
+        with pytest.raises(TypeError, match=f"'{name}' \\(did you mean '{nearest}'"):
+            small()(picture, **{name: 3})
+    for options in (
+        {"tile_size": 84},
+        {"do_resize": False},
+        {"do_rescale": False},
+        {"do_center_crop": True},
+        {"crop_size": 40},
+        {"size": 224},
+        {"resample": 0},
+        {"data_format": "channels_last"},
+        {"input_data_format": "HWC"},
+        {"image_mean": [0, 0, 0, 0]},
+        {"image_std": 0},
+        {"use_thumbnail": "no"},
+        {"convert_to_srgb": 1},
+    ):
         with pytest.raises(ValueError, match=next(iter(options))):
             small()(picture, **options)
+
+
+def test_mean_and_std_of_a_call():
+    picture = noise(60, 60)
+    once = small()(picture, image_mean=0.5, image_std=(0.1, 0.2, 0.3))["pixel_values"]
+    made = small(image_mean=[0.5, 0.5, 0.5], image_std=np.array([0.1, 0.2, 0.3]))
+    assert np.array_equal(once, made(picture)["pixel_values"])
+    assert not np.array_equal(once, small()(picture)["pixel_values"])
+
+
+def test_input_data_format():
+    # Shapes that could be meant either way.
+    array = np.random.default_rng(0).integers(0, 256, (3, 30, 3), dtype=np.uint8)
+    first, last = (small()(array, input_data_format=f"channels_{at}")["pixel_values"] for at in ("first", "last"))
+    assert np.array_equal(last, small()(Image.fromarray(array))["pixel_values"])
+    assert np.array_equal(first, small()(Image.fromarray(array.transpose(1, 2, 0)))["pixel_values"])
+    tensor = torch.from_numpy(array)
+    assert np.array_equal(first, small()(tensor, input_data_format="channels_first")["pixel_values"])
+    assert np.array_equal(last, small()(tensor, input_data_format="channels_last")["pixel_values"])
+    with pytest.raises(ValueError, match="30 channels where channels_first"):
+        small()(np.zeros((30, 20, 3), np.uint8), input_data_format="channels_first")
+
+
+@pytest.mark.parametrize("device", ["meta", "cpu"])
+def test_the_default_device_does_not_matter(device):
+    picture, processor = noise(130, 60), small(max_tiles=2)
+    tensor = torch.from_numpy(np.array(picture))
+    wanted = processor([picture, tensor], return_tensors="pt")["pixel_values"]
+    torch.set_default_device(device)
+    try:
+        out = processor([picture, tensor], return_tensors="pt")
+        assert out["pixel_values"].device.type == out["num_tiles"].device.type == "cpu"
+        assert processor([], return_tensors="pt")["pixel_values"].device.type == "cpu"
+    finally:
+        torch.set_default_device(None)
+    assert torch.equal(out["pixel_values"], wanted)
+
+
+def test_tensors_on_the_device_that_is_asked_for():
+    out = small()(noise(20, 20), return_tensors="pt", device="meta")
+    assert out["pixel_values"].device.type == "meta"
+
+
+@pytest.mark.parametrize(
+    "bad, error",
+    [
+        (b"", ValueError),
+        ("missing.png", FileNotFoundError),
+        ("http://127.0.0.1:9/x.png", ConnectionError),
+        (None, TypeError),
+        (np.zeros((9, 3, 9), np.uint8), ValueError),
+        (torch.empty(3, 4, 4, device="meta"), ValueError),
+        (io.StringIO("text"), TypeError),
+        (encoded(noise(90, 90))[:500], ValueError),
+    ],
+)
+def test_the_bad_one_of_several_pictures_is_named(bad, error, monkeypatch):
+    monkeypatch.setenv("NO_PROXY", "127.0.0.1")
+    with pytest.raises(error, match="^picture 2 of 3: "):
+        small()([noise(9, 9), [bad], noise(9, 9)])
+
+
+def test_files_and_other_sequences_are_not_taken_apart(tmp_path):
+    picture = noise(70, 50)
+    path = tmp_path / "p.png"
+    picture.save(path)
+    wanted = small()(picture)["pixel_values"]
+    with path.open("rb") as file:
+        assert np.array_equal(small()(file)["pixel_values"], wanted) and file.tell() == 0
+    assert np.array_equal(small()(bytearray(path.read_bytes()))["pixel_values"], wanted)
+    objects = np.empty(2, dtype=object)
+    objects[:] = [str(path), path]
+    for several in (objects, collections.deque([path, path]), (each for each in (path, path))):
+        assert small(max_tiles=1)(several)["num_tiles"] == [1, 1]
+    frames = np.stack([np.asarray(picture)] * 3)
+    assert small(max_tiles=1)(np.stack([frames, frames]))["num_tiles"] == [1] * 6
 
 
 @pytest.mark.parametrize(
@@ -641,6 +743,12 @@ def test_options_of_a_call():
         {"max_pixels": 0},
         {"image_mean": [0.5]},
         {"image_std": [0.5, 0.5, 0]},
+        {"image_mean": "abc"},
+        {"image_mean": [0.5, 0.5, math.nan]},
+        {"use_thumbnail": "no"},
+        {"convert_to_srgb": None},
+        {"do_resize": False},
+        {"size": 448, "tile_size": 224},
     ],
 )
 def test_constructor_refuses(options):
@@ -667,11 +775,30 @@ def test_save_and_load(tmp_path):
         MonoInternVLImageProcessor.from_pretrained(tmp_path, tile_size=50)
 
 
-def test_keys_of_other_image_processors_are_dropped(caplog):
-    processor = MonoInternVLImageProcessor(
-        feature_extractor_type="CLIPFeatureExtractor", size=448, crop_size=448, do_center_crop=True, resample=3
-    )
-    assert not {"size", "crop_size", "resample"} & set(processor.to_dict())
+def test_keys_of_other_image_processors_are_dropped(tmp_path, caplog):
+    # As in the released folder.
+    clip = {"feature_extractor_type": "CLIPFeatureExtractor", "size": 448, "crop_size": 448, "do_center_crop": True}
+    (tmp_path / "preprocessor_config.json").write_text(json.dumps({**clip, "resample": 3, "image_mean": [0.1] * 3}))
+    processor = MonoInternVLImageProcessor.from_pretrained(tmp_path)
+    assert processor.image_mean == [0.1] * 3 and not {"size", "crop_size", "resample"} & set(processor.to_dict())
     assert "ignores" not in caplog.text
-    MonoInternVLImageProcessor(max_tile=3)
+    MonoInternVLImageProcessor.from_dict({"max_tile": 3})
     assert "max_tile" in caplog.text
+    with pytest.raises(ValueError, match="crop_size|do_center_crop"):
+        MonoInternVLImageProcessor(**clip | {"size": 448})
+
+
+def test_unknown_options_are_refused_by_name(tmp_path):
+    small().save_pretrained(tmp_path)
+    for make in (
+        MonoInternVLImageProcessor,
+        functools.partial(MonoInternVLImageProcessor.from_pretrained, tmp_path),
+        functools.partial(MonoInternVLImageProcessor.from_dict, {}),
+    ):
+        with pytest.raises(TypeError, match="'max_tile' .did you mean 'max_tiles'"):
+            make(max_tile=3)
+        with pytest.raises(TypeError, match="'colour'"):
+            make(colour=3)
+    processor, unused = MonoInternVLImageProcessor.from_pretrained(tmp_path, return_unused_kwargs=True, max_tile=3)
+    assert unused == {"max_tile": 3} and processor.tile_size == 56
+    assert MonoInternVLImageProcessor.from_pretrained(tmp_path, image_mean=0.5).image_mean == [0.5] * 3
