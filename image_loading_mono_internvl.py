@@ -180,7 +180,7 @@ _LIKE_A_PATH = re.compile(r"[/\\]|\.\w{1,5}$")
 def _from_text(source: "str | os.PathLike[str]", max_pixels: int | None, srgb: bool) -> Image.Image:
     text = os.fsdecode(source)
     if not isinstance(source, str):
-        return _from_path(Path(text), max_pixels, srgb)
+        return _from_path(Path(text), text, max_pixels, srgb)
     if not text.strip():
         raise ValueError("a picture's path is an empty string")
     found = _SCHEME.match(text.lstrip())
@@ -193,15 +193,15 @@ def _from_text(source: "str | os.PathLike[str]", max_pixels: int | None, srgb: b
         if scheme != "file:":
             raise ValueError(f"{_printable(text)} cannot be fetched: only http, https, file and data: URLs are read")
     if scheme == "file:" and text.strip()[len(scheme) :].startswith("/"):
-        return _from_path(_file_url_path(text.strip()), max_pixels, srgb)
+        return _from_path(_file_url_path(text.strip()), text, max_pixels, srgb)
     if len(text) < _LONGEST_PATH and _exists(text):
-        return _from_path(Path(text), max_pixels, srgb)
+        return _from_path(Path(text), text, max_pixels, srgb)
     data = _base64_picture(text)
     if data is not None:
         return _from_bytes(data, "picture given as base64", max_pixels, srgb)
     if len(text) >= _LONGEST_PATH:
         raise ValueError(f"{_printable(text)} is neither a file nor base64 of a picture ({len(text):,} characters)")
-    return _from_path(Path(text), max_pixels, srgb)
+    return _from_path(Path(text), text, max_pixels, srgb)
 
 
 def _exists(path: str) -> bool:
@@ -252,8 +252,8 @@ def _read_data_uri(uri: str) -> bytes:
         raise ValueError(f"picture given as data: URI is no valid base64: {error}") from error
 
 
-def _from_path(path: Path, max_pixels: int | None, srgb: bool) -> Image.Image:
-    name = _printable(str(path))
+def _from_path(path: Path, given: str, max_pixels: int | None, srgb: bool) -> Image.Image:
+    name = _printable(given)
     if "\0" in str(path):
         raise ValueError(f"{name} is not a usable path: it holds a NUL character")
     try:
