@@ -94,6 +94,34 @@ class Segment(NamedTuple):
     learnt: bool | None = None
 
 
+class MonoInternVLInputs(BatchFeature):
+    """The processor's tensors. Labels that are put among them never hold placeholders, whose targets become -100.
+
+    Others' collators copy the ids (TRL's for pictures, most in tutorials), and not every loss over their labels is the
+    model's own: TRL's fused head, its DFT and label smoothing count what they are given.
+    """
+
+    image_token_id: int | None = None
+
+    def __setitem__(self, key: str, value: Any) -> None:
+        if key == "labels" and self.image_token_id is not None:
+            if isinstance(value, torch.Tensor):
+                ids = self.data.get("input_ids")
+                # In place, as whoever made the labels may go on changing them; but not where they are the ids.
+                shared = isinstance(ids, torch.Tensor) and value.data_ptr() == ids.data_ptr()
+                value = (value.clone() if shared else value).masked_fill_(value.eq(self.image_token_id), -100)
+            else:
+                value = self._without_placeholders(value)
+        super().__setitem__(key, value)
+
+    def _without_placeholders(self, labels: Any) -> Any:
+        if hasattr(labels, "tolist"):
+            labels = labels.tolist()
+        if isinstance(labels, (list, tuple)):
+            return [self._without_placeholders(label) for label in labels]
+        return -100 if labels == self.image_token_id else labels
+
+
 class GroundedBox(NamedTuple):
     """A `<ref>` with one of its boxes, in pixels of the original picture."""
 
@@ -642,7 +670,9 @@ class MonoInternVLProcessor(ProcessorMixin):
         if pixels:
             stacked = torch.cat(pixels)
             data["pixel_values"] = self._placed(stacked, options) if return_tensors == "pt" else stacked.numpy()
-        return BatchFeature(data, tensor_type=return_tensors)
+        inputs = MonoInternVLInputs(data, tensor_type=return_tensors)
+        inputs.image_token_id = self.image_token_id
+        return inputs
 
     def share_tiles(self, image_options: dict[str, Any], count: int) -> dict[str, Any]:
         """The pictures of one prompt share its budget of tiles."""

@@ -1,6 +1,7 @@
 """Which tokens an answer owns: `assistant_masks` and training labels against the released label code."""
 
 import json
+import pickle
 import re
 
 import pytest
@@ -177,3 +178,42 @@ def test_collator_pads_on_the_right(nano):
         assert batch["input_ids"][i, :n].equal(row["input_ids"])
         assert batch["attention_mask"][i].tolist() == [1] * n + [0] * (batch["input_ids"].shape[1] - n)
         assert (batch["labels"][i, n:] == -100).all()
+
+
+def test_labels_that_others_make_of_the_ids_hold_no_placeholders(nano):
+    def inputs(**options):
+        messages = [nano.conversation([("<image>\nWhat?", "red")], [picture()])]
+        return nano.apply_chat_template(messages, tokenize=True, return_dict=True, **options)
+
+    token, batch = nano.image_token_id, inputs(return_tensors="pt")
+    ids = batch["input_ids"].clone()
+    expected = ids.masked_fill(ids == token, -100)
+    assert (ids == token).sum() == 2
+    labels = ids.clone()
+    batch["labels"] = labels
+    labels[:, 0] = -100  # whoever made them may go on
+    assert batch["labels"][:, 1:].equal(expected[:, 1:]) and batch["labels"][0, 0] == -100
+    batch.update({"labels": batch["input_ids"]})
+    assert batch["labels"].equal(expected) and batch["input_ids"].equal(ids)
+    assert pickle.loads(pickle.dumps(batch))["labels"].equal(expected)
+    batch["labels"] = ids.numpy()
+    assert batch["labels"] == expected.tolist()
+    lists = inputs()
+    lists["labels"] = lists["input_ids"]
+    assert lists["labels"] == expected.tolist() and lists["input_ids"] == ids.tolist()
+
+
+@pytest.mark.parametrize("completion_only", [None, False, True])
+def test_trls_own_collator_learns_no_placeholders(nano, completion_only):
+    collators = pytest.importorskip("trl.trainer.sft_trainer")
+    question, answer = {"role": "user", "content": "What?"}, {"role": "assistant", "content": "red"}
+    if completion_only is None:
+        row: dict = {"messages": [question, answer]}
+        collate = collators.DataCollatorForVisionLanguageModeling(nano)
+    else:
+        row = {"prompt": [question], "completion": [answer]}
+        collate = collators.DataCollatorForVisionLanguageModeling(nano, completion_only_loss=completion_only)
+    batch = collate([{**row, "images": [picture()]}])
+    learnt = batch["labels"][batch["labels"] >= 0]
+    assert (batch["input_ids"] == nano.image_token_id).sum() == 2 and nano.image_token_id not in learnt
+    assert ("What?" in nano.tokenizer.decode(learnt)) != bool(completion_only)
