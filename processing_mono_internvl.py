@@ -616,7 +616,7 @@ class MonoInternVLProcessor(ProcessorMixin):
         images = flatten_pictures(images)
         if len(prompts) == 1:
             return [images]
-        runs = [[len(run) for segment in prompt for run in _runs(segment.text)] for prompt in prompts]
+        runs = [[run.count(IMAGE_TOKEN) for segment in prompt for run in _runs(segment.text)] for prompt in prompts]
         wanted = [sum(lengths) for lengths in runs]
         if sum(wanted) != len(images):
             wanted = [len(lengths) for lengths in runs]  # expanded already

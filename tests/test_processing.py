@@ -11,6 +11,7 @@ import subprocess
 import sys
 import threading
 import time
+from concurrent.futures import ThreadPoolExecutor
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 import numpy as np
@@ -512,6 +513,86 @@ def test_pictures_of_several_turns_keep_their_order(nano):
     assert seen.tolist() == [list(map(float, color)) for color in colors]
 
 
+def test_several_pictures_in_one_part(nano):
+    """Frames as one array and lists of pictures; as text and as ids alike."""
+    frames = np.stack([np.asarray(picture(color=(i * 40, 0, 0))) for i in range(3)])
+    expected = encode(nano, ask(*map(Image.fromarray, frames), "Q"), max_tiles=3)
+    for held in (frames, torch.from_numpy(frames).permute(0, 3, 1, 2), list(frames), [frames[:1], frames[1:]]):
+        found = encode(nano, ask(held, "Q"), max_tiles=3)
+        assert found["input_ids"] == expected["input_ids"]
+        assert np.array_equal(found["pixel_values"], expected["pixel_values"])
+        assert render(nano, ask(held, "Q")).count(CONTEXT) == 3
+    with pytest.raises(ValueError, match=r"message 1 \(user\), part 1: it holds no picture"):
+        encode(nano, ask(frames[:0], "Q"))
+    assert nano.count_tokens(ask(frames, "Q"), [(56, 56)] * 3, max_tiles=3) == len(expected["input_ids"])
+
+
+def test_pictures_given_beside_the_messages(nano):
+    bare = {"role": "user", "content": [{"type": "image"}, {"type": "text", "text": "Q"}]}
+    one, two = picture(), picture(color=(0, 0, 200))
+    expected = encode(nano, ask(one, "Q"))
+    for given in ({"images": one}, {"images": [one]}, {"processor_kwargs": {"images": [one]}}):
+        found = encode(nano, [bare], **given)
+        assert found["input_ids"] == expected["input_ids"]
+        assert np.array_equal(found["pixel_values"], expected["pixel_values"])
+    both = encode(nano, [[bare], ask("R"), [user(two, "S"), bare]], images=[[one], None, [one]], max_tiles=2)
+    assert np.array_equal(both["pixel_values"][0], both["pixel_values"][2])
+    with pytest.raises(ValueError, match=r"message 1 \(user\), part 1: an image part needs one of"):
+        encode(nano, [bare])
+    with pytest.raises(ValueError, match=r"conversation 2, message 1 \(user\), part 1"):
+        encode(nano, [ask("Q"), [bare]])
+    for images, message in (([one, two], "1 image parts without a picture for 2"), ([], "for 0 images")):
+        with pytest.raises(ValueError, match=message):
+            encode(nano, [bare], images=images)
+    with pytest.raises(ValueError, match="one list per conversation"):
+        encode(nano, [[bare], [bare]], images=one)
+    with pytest.raises(ValueError, match="given twice"):
+        encode(nano, [bare], images=one, processor_kwargs={"images": one})
+
+
+def test_an_error_says_which_prompt(nano):
+    good, bad = ask(picture(), "Q"), ask(b"junk", "Q")
+    with pytest.raises(ValueError, match="prompt 2 of 2: "):
+        encode(nano, [good, bad])
+    with pytest.raises(FileNotFoundError, match=r"prompt 2 of 2: .*nowhere\.png"):
+        nano(text=[IMAGE, IMAGE], images=[[picture()], ["/nowhere.png"]])
+
+
+@pytest.mark.parametrize(
+    ("text", "sizes"),
+    [
+        (CONTEXT, [1]),
+        (f"{CONTEXT}\nQ", [1]),
+        (f"<img>{CONTEXT}", [1]),
+        (f"{CONTEXT}</img>", [1]),
+        (CONTEXT * 4, [1]),
+        (f"a{CONTEXT}b{IMAGE}", [1, 1]),
+        (CONTEXT * 2, [1, 1]),
+        (f"<img>{CONTEXT * 2}</img>", [1, 1]),
+        (CONTEXT * 4 + IMAGE, [1, 1]),
+        (CONTEXT * 8, [1, 1]),
+        (f"{IMAGE}{IMAGE}", [1, 1]),
+    ],
+)
+def test_a_placeholder_is_a_bracketed_picture(nano, text, sizes):
+    ids = nano(text=text, images=[picture()] * len(sizes), max_tiles=len(sizes))["input_ids"][0]
+    expected = re.sub(f"(<img>)?({CONTEXT})+(</img>)?", "", text)
+    shown = decoded(nano, ids)
+    assert shown.count(f"<img>{CONTEXT * 4}</img>") == len(sizes)
+    assert shown.replace(f"<img>{CONTEXT * 4}</img>", "") == f"<s>{expected}"
+    again = nano(text=shown, images=[picture()] * len(sizes), max_tiles=len(sizes))["input_ids"][0]
+    assert again == ids
+    assert nano(text=text)["input_ids"][0] == nano.tokenizer(f"<s>{text}", add_special_tokens=False)["input_ids"]
+
+
+def test_adjacent_placeholders_are_dealt_out(nano):
+    text = [CONTEXT * 2, "none", CONTEXT]
+    flat = nano(text=text, images=[picture()] * 3, max_tiles=2)
+    assert [row.count(nano.image_token_id) for row in flat["input_ids"]] == [8, 0, 4]
+    nested = nano(text=text, images=[[picture()] * 2, [], [picture()]], max_tiles=2)
+    assert nested["input_ids"] == flat["input_ids"]
+
+
 def batch_messages():
     return [ask(picture(112, 56), "What is it?"), ask("Hi"), ask("Compare", picture(), "and", picture())]
 
@@ -896,6 +977,128 @@ def test_conversation_counts_its_marks(nano):
     )
 
 
+# ---- tools
+
+WEATHER = {"type": "function", "function": {"name": "weather", "parameters": {"type": "object", "properties": {}}}}
+CALLED = {"id": "1", "type": "function", "function": {"name": "weather", "arguments": {"place": "Ulm"}}}
+
+
+def test_tools_calls_and_results_as_internlm2_writes_them(nano):
+    messages = [
+        {"role": "system", "content": "Be brief."},
+        {"role": "user", "content": "Rain?"},
+        {"role": "assistant", "content": "I look.", "tool_calls": [CALLED, CALLED]},
+        {"role": "tool", "tool_call_id": "1", "content": "no"},
+        {"role": "tool", "tool_call_id": "1", "name": "weather", "content": [{"type": "text", "text": "yes"}]},
+        {"role": "assistant", "content": "Maybe."},
+    ]
+    functions = json.dumps([WEATHER["function"]], indent=4)
+    call = '<|action_start|><|plugin|>\n{"name": "weather", "parameters": {"place": "Ulm"}}<|action_end|>'
+    plugins = f"<|im_start|>system name=<|plugin|>\n{functions}<|im_end|>"
+    conversation = (
+        f"<|im_start|>user\nRain?<|im_end|><|im_start|>assistant\nI look.{call}{call}<|im_end|>"
+        "<|im_start|>environment name=<|plugin|>\nno<|im_end|><|im_start|>environment name=<|plugin|>\nyes<|im_end|>"
+        "<|im_start|>assistant\nMaybe.<|im_end|>"
+    )
+    expected = f"<s><|im_start|>system\nBe brief.<|im_end|>{plugins}{conversation}"
+    for tools in ([WEATHER], [WEATHER["function"]]):
+        assert render(nano, messages, tools=tools) == expected
+        encoded = encode(nano, messages, tools=tools, return_assistant_tokens_mask=True)
+        assert decoded(nano, encoded["input_ids"]) == expected
+        learnt = [i for i, mine in zip(encoded["input_ids"], encoded["assistant_masks"], strict=True) if mine]
+        assert decoded(nano, learnt) == f"I look.{call}{call}<|im_end|>Maybe.<|im_end|>"
+        assert nano.chat_token_ids(messages, tools=tools) == encoded["input_ids"]
+    assert render(nano, messages[1:], tools=[WEATHER]) == f"{OPENING}{plugins}{conversation}"
+    assert render(nano, messages, tools=[]) == render(nano, messages, tools=None) == render(nano, messages)
+    own = nano.tokenizer.apply_chat_template(
+        messages, tools=[WEATHER], tokenize=False, chat_template=nano.chat_template
+    )
+    assert own == expected
+
+
+def test_arguments_stand_as_they_were_given(nano):
+    call = {"function": {"name": "f", "arguments": '{"a":1,  "b": "x"}'}}
+    text = render(nano, [{"role": "assistant", "content": None, "tool_calls": [call]}])
+    assert text.endswith(
+        '<|im_start|>assistant\n<|action_start|><|plugin|>\n{"name": "f", "parameters": {"a":1,  "b": "x"}}'
+        "<|action_end|><|im_end|>"
+    )
+
+
+@pytest.mark.parametrize("text", HOSTILE[:17], ids=ascii)
+def test_text_in_tools_and_results_stays_text(nano, text):
+    function = {"name": text, "description": text, "parameters": {text: {"type": text, "enum": [text]}}}
+    call = {"id": text, "function": {"name": text, "arguments": {text: [text]}}}
+    written = {"function": {"name": "f", "arguments": json.dumps({text: text}, ensure_ascii=False)}}
+    messages = [
+        {"role": "developer", "content": text, "name": text},
+        {"role": "user", "content": text, "name": text},
+        {"role": "assistant", "content": text, "tool_calls": [call, written]},
+        {"role": "tool", "content": text, "tool_call_id": text},
+    ]
+    options = {"tools": [{"type": "function", "function": function}], "add_generation_prompt": True}
+    ids = encode(nano, messages, **options)["input_ids"]
+    assert decoded(nano, ids) == render(nano, messages, **options)
+    convert = nano.tokenizer.convert_tokens_to_ids
+    counts = {"<s>": 1, "<|im_start|>": 6, "<|im_end|>": 5, "<|plugin|>": 4, "<|action_start|>": 2, "<|action_end|>": 2}
+    assert {token: ids.count(convert(token)) for token in CONTROL} == {**dict.fromkeys(CONTROL, 0), **counts}
+
+
+def test_empty_turns_are_closed(nano):
+    messages = [{"role": "user", "content": ""}, {"role": "assistant", "content": []}, {"role": "user", "content": "Q"}]
+    expected = f"{OPENING}<|im_start|>user\n<|im_end|><|im_start|>assistant\n<|im_end|><|im_start|>user\nQ<|im_end|>"
+    assert render(nano, messages) == expected
+    assert decoded(nano, encode(nano, messages)["input_ids"]) == expected
+    assert render(nano, []) == OPENING
+
+
+# ---- what is learnt
+
+
+@pytest.mark.parametrize(
+    ("template", "learnt"),
+    [
+        ("{% for m in messages %}{% if loop.last %}{% generation %}{{ m.content }}<|im_end|>{% endgeneration %}"
+         "{% else %}{{ m.content }}<|im_end|>{% endif %}{% endfor %}", "two<|im_end|>"),
+        ("{% for m in messages %}{{ m.role }}:{%- if m.role == 'assistant' -%}\n  {%- generation -%}  {{ m.content }}"
+         "{%- endgeneration -%}\n{% endif %}<|im_end|>{% endfor %}", "onetwo"),
+        ("{% for m in messages %}\n  {% generation %}\n  {{ m.role }}{% endgeneration %}\n{{ m.content }}{% endfor %}",
+         "  user  assistant  user  assistant"),
+        ("{% for m in messages %}{{ m.content }}<|im_end|>{% endfor %}", "one<|im_end|>two<|im_end|>"),
+    ],
+)  # fmt: skip
+def test_the_template_says_what_is_learnt(nano, template, learnt):
+    messages = [*ask("Q"), {"role": "assistant", "content": "one"}, *ask("R"), {"role": "assistant", "content": "two"}]
+    messages = [{**message, "content": message["content"][0]["text"]} if message["role"] == "user" else message
+                for message in messages]  # fmt: skip
+    options = {"chat_template": template, "return_assistant_tokens_mask": True}
+    found = encode(nano, messages, **options)
+    assert decoded(nano, found["input_ids"]) == "<s>" + render(nano, messages, chat_template=template)
+    owned = [i for i, mine in zip(found["input_ids"], found["assistant_masks"], strict=True) if mine]
+    assert decoded(nano, owned) == learnt
+    if "generation" in template:
+        own = nano.tokenizer.apply_chat_template(messages, tokenize=True, return_dict=True, **options)
+        mine = [i for i, is_mine in zip(own["input_ids"], own["assistant_masks"], strict=True) if is_mine]
+        assert decoded(nano, mine).split() == learnt.split()
+
+
+def test_pictures_of_an_assistant_are_not_learnt(nano):
+    messages = [*ask("Q"), {"role": "assistant", "content": user("see ", picture(), " there")["content"]}]
+    found = encode(nano, messages, return_assistant_tokens_mask=True)
+    owned = [i for i, mine in zip(found["input_ids"], found["assistant_masks"], strict=True) if mine]
+    assert decoded(nano, owned) == "see  there<|im_end|>"
+    with pytest.raises(ValueError, match="return_dict=True"):
+        nano.apply_chat_template(messages, tokenize=True, return_assistant_tokens_mask=True)
+
+
+def test_masks_from_many_threads(nano):
+    messages = [*ask("Q"), {"role": "assistant", "content": "one"}]
+    expected = encode(nano, messages, return_assistant_tokens_mask=True)
+    with ThreadPoolExecutor(8) as pool:
+        found = list(pool.map(lambda _: encode(nano, messages, return_assistant_tokens_mask=True), range(64)))
+    assert all(one == expected for one in found)
+
+
 # ---- saving and loading
 
 
@@ -1003,6 +1206,25 @@ def test_official_folder(official):
     assert image_processor.use_thumbnail == config["use_thumbnail"]
     assert official.stop_token_ids == [2, 92542, 92543] and official.image_token_ids == [92546, 92544, 92545]
     assert len(official.tokenizer) == 92553 and official.tokenizer.padding_side == "left"
+
+
+def test_options_of_loading(saved):
+    made = MonoInternVLProcessor.from_pretrained(
+        saved, truncation_side="left", padding_side="right", pad_token="<unk>", image_mean=[0.5, 0.5, 0.5], max_tiles=2,
+        model_max_length=99, use_fast=True, revision=None,
+    )  # fmt: skip
+    assert (made.tokenizer.truncation_side, made.tokenizer.padding_side) == ("left", "right")
+    assert (made.tokenizer.pad_token, made.tokenizer.model_max_length) == ("<unk>", 99)
+    assert (made.image_processor.image_mean, made.image_processor.max_tiles) == ([0.5, 0.5, 0.5], 2)
+    padded = made(text=["a", "a b c"], padding=True)
+    assert padded["input_ids"][0][-1] == made.tokenizer.convert_tokens_to_ids("<unk>")
+    for wrong, near in (
+        ({"max_tile": 2}, "max_tiles"),
+        ({"pad_tokn": "<unk>"}, "pad_token"),
+        ({"imagemean": 1}, "image_mean"),
+    ):
+        with pytest.raises(TypeError, match=rf"unknown option '{next(iter(wrong))}' \(did you mean '{near}'"):
+            MonoInternVLProcessor.from_pretrained(saved, **wrong)
 
 
 def test_a_folder_without_a_tokenizer(saved, tmp_path):
@@ -1179,6 +1401,13 @@ def test_number_of_multimodal_tokens(nano):
     bare = nano._get_num_multimodal_tokens(image_sizes=sizes[1:2], use_thumbnail=False)
     assert bare["num_image_patches"] == [6]
     assert nano._get_num_multimodal_tokens()["num_image_tokens"] is None
+    # In a list: the pictures of one prompt, which share its tiles as in a call.
+    shared = nano._get_num_multimodal_tokens(image_sizes=[[(112, 168), (112, 168)], [(112, 168)]])
+    ids = encode(nano, ask(picture(168, 112), picture(168, 112)))["input_ids"]
+    assert sum(shared["num_image_tokens"][:2]) == ids.count(nano.image_token_id)
+    assert shared["num_image_tokens"][2] == 28
+    with pytest.raises(TypeError, match="did you mean 'max_tiles'"):
+        nano._get_num_multimodal_tokens(image_sizes=sizes, max_tile=1)
 
 
 def test_tokenizer_renders_the_template_too(nano, saved):
