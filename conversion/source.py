@@ -21,6 +21,8 @@ from typing import Any, NamedTuple
 import torch
 from safetensors import SafetensorError, safe_open
 
+from ..tokenization.added_tokens import read_json
+
 
 logger = logging.getLogger(__name__)
 
@@ -158,21 +160,6 @@ def refuse_adapter(folder: Path) -> None:
         f"PeftModel.from_pretrained(MonoInternVLForCausalLM.from_pretrained({str(base)!r}), {str(folder)!r})"
         ".merge_and_unload().save_pretrained(OUT), and take OUT"
     )
-
-
-def read_json(path: Path) -> dict[str, Any]:
-    """A JSON file that holds an object.
-
-    Raises:
-        ValueError: it does not; names the file.
-    """
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise ValueError(f"{path} is not JSON: {error}") from error
-    if not isinstance(content, dict):
-        raise ValueError(f"{path} must hold a JSON object, not {type(content).__name__}")
-    return content
 
 
 class Checkpoint:

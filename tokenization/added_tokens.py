@@ -17,14 +17,12 @@ CONFIG, MAP, ADDED, FAST = "tokenizer_config.json", "special_tokens_map.json", "
 ROLES = ("bos_token", "eos_token", "unk_token", "pad_token")
 
 
-def read_object(path: Path) -> dict[str, Any]:
-    """A JSON file that holds an object; empty where there is no file.
+def read_json(path: Path) -> dict[str, Any]:
+    """A JSON file that holds an object.
 
     Raises:
-        ValueError: it holds something else; names the file.
+        ValueError: it does not; names the file.
     """
-    if not path.is_file():
-        return {}
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
     except ValueError as error:
@@ -32,6 +30,11 @@ def read_object(path: Path) -> dict[str, Any]:
     if not isinstance(content, dict):
         raise ValueError(f"{path} must hold a JSON object, not {type(content).__name__}")
     return content
+
+
+def read_object(path: Path) -> dict[str, Any]:
+    """`read_json`; empty where there is no file."""
+    return read_json(path) if path.is_file() else {}
 
 
 def read_roles(folder: Path) -> dict[str, str]:
