@@ -8,9 +8,12 @@ Every value is checked here, once; nothing downstream checks again. The official
 internvl_chat` with an `llm_config`) is understood on the way in; what this model does not know in it is ignored.
 """
 
+import difflib
+from collections.abc import Iterable
 from typing import TYPE_CHECKING, Any
 
 from transformers.configuration_utils import PreTrainedConfig
+from transformers.utils import logging
 
 
 if TYPE_CHECKING:
@@ -19,6 +22,8 @@ if TYPE_CHECKING:
     from .modeling_mono_internvl import MonoInternVLForCausalLM  # noqa: F401
     from .processing_mono_internvl import MonoInternVLProcessor  # noqa: F401
 
+
+logger = logging.get_logger(__name__)
 
 VISUAL_ATTENTION_EXPERTS = ("none", "qkv", "qkvo")
 # Rope type -> the numbers that it needs. All but `dynamic` have the same frequencies at every length.
@@ -43,6 +48,45 @@ AUTO_MAP = {
 PATCHES_PER_TOKEN_SIDE = 2
 
 
+# What the released configuration had -> where it is here.
+_RELEASED_NAMES = {
+    "llm_config": "text_config",
+    "force_image_size": "vision_config.image_size",
+    "num_image_token": "vision_config.tokens_per_tile",
+    "max_dynamic_patch": "max_tiles of the image processor",
+    "min_dynamic_patch": "min_tiles of the image processor",
+    "dynamic_image_size": "max_tiles=1 of the image processor for its False",
+    "use_thumbnail": "use_thumbnail of the image processor",
+    "template": "the processor's chat_template",
+}
+
+
+def _check_numbers(where: str, config: Any, names: Iterable[str], kind: Any = int) -> None:
+    """Raise a ValueError that names the first of `names` that is not a positive number of its kind."""
+    for name in names:
+        value = getattr(config, name)
+        if not isinstance(value, kind) or isinstance(value, bool) or not value > 0:
+            wanted = "integer" if kind is int else "number"
+            raise ValueError(f"{where}: {name}={value!r} must be a positive {wanted}")
+
+
+def _warn_of_misspelt(where: str, config: Any, given: Iterable[str]) -> None:
+    """One warning for each key that is kept but not read and that looks like one that is.
+
+    Files of other versions hold keys that nothing here reads, so a key that is not known is no error.
+    """
+    fields = _fields(type(config))
+    for name in given:
+        if name not in fields and not hasattr(PreTrainedConfig, name):
+            close = difflib.get_close_matches(name, fields, n=1, cutoff=0.8)
+            if close:
+                logger.warning(f"{where}: {name} is not known and changes nothing; did you mean {close[0]}?")
+
+
+def _fields(config_class: type[PreTrainedConfig]) -> list[str]:
+    return [name for name in config_class.__annotations__ if not name.startswith("_")]
+
+
 def check_rope(parameters: dict[str, Any]) -> str:
     """The rope type of `rope_parameters`.
 
@@ -61,6 +105,17 @@ def check_rope(parameters: dict[str, Any]) -> str:
         if isinstance(value, bool) or not isinstance(value, (int, float)) or value <= 0:
             raise ValueError(f"text_config: rope type {kind} needs {name} as a positive number, not {value!r}")
     return kind
+
+
+_OVERRIDES = ("image_token_id", "visual_attention_experts", "tie_word_embeddings")
+# Of the decoder alone; others of its fields are set on the whole configuration too, by transformers' trainers.
+_TEXT_DIMENSIONS = frozenset(
+    {
+        *("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "head_dim"),
+        *("num_key_value_heads", "max_position_embeddings", "rope_theta", "rope_scaling", "rope_parameters"),
+        *("rms_norm_eps", "hidden_act", "drop_path_rate"),
+    }
+)
 
 
 class MonoInternVLVisionConfig(PreTrainedConfig):
@@ -85,12 +140,17 @@ class MonoInternVLVisionConfig(PreTrainedConfig):
     image_std: list[float] | tuple[float, ...] = (0.229, 0.224, 0.225)
 
     def __post_init__(self, **kwargs: Any):
+        _warn_of_misspelt("vision_config", self, kwargs)
+        _check_numbers("vision_config", self, ("hidden_size", "patch_size", "image_size"))
+        for name in ("image_mean", "image_std"):
+            value = getattr(self, name)
+            if not isinstance(value, (list, tuple)) or [isinstance(v, (int, float)) for v in value] != [True] * 3:
+                raise ValueError(f"vision_config: {name}={value!r} must be three numbers")
+        if not min(self.image_std) > 0:
+            raise ValueError(f"vision_config: image_std={self.image_std!r} must be positive")
         token_side = PATCHES_PER_TOKEN_SIDE * self.patch_size
-        if self.hidden_size < 1 or self.patch_size < 1 or self.num_channels != 3:
-            raise ValueError(
-                f"vision_config: hidden_size={self.hidden_size} and patch_size={self.patch_size} must be positive, "
-                f"num_channels={self.num_channels} must be 3"
-            )
+        if self.num_channels != 3:
+            raise ValueError(f"vision_config: num_channels={self.num_channels!r} must be 3")
         if self.image_size < token_side or self.image_size % token_side:
             raise ValueError(f"vision_config: image_size={self.image_size} must be a positive multiple of {token_side}")
         self.image_mean, self.image_std = list(self.image_mean), list(self.image_std)
@@ -162,6 +222,12 @@ class MonoInternVLTextConfig(PreTrainedConfig):
         # InternLM2's own name for it; a pinned attention backend would overrule the caller's.
         self.attention_bias = kwargs.pop("bias", self.attention_bias)
         kwargs.pop("attn_implementation", None)
+        _warn_of_misspelt(
+            "text_config", self, [name for name in kwargs if name not in ("rope_scaling", "rope_theta", "bias")]
+        )
+        sizes = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads")
+        _check_numbers("text_config", self, (*sizes, "max_position_embeddings"))
+        _check_numbers("text_config", self, ("rms_norm_eps", "initializer_range"), (int, float))
         if self.num_key_value_heads is None:
             self.num_key_value_heads = self.num_attention_heads
         if self.hidden_size % self.num_attention_heads and self.head_dim is None:
@@ -171,9 +237,9 @@ class MonoInternVLTextConfig(PreTrainedConfig):
             )
         if self.head_dim is None:
             self.head_dim = self.hidden_size // self.num_attention_heads
-        for name in ("num_key_value_heads", "head_dim"):
-            if not isinstance(getattr(self, name), int) or getattr(self, name) < 1:
-                raise ValueError(f"text_config: {name}={getattr(self, name)!r} must be a positive integer")
+        _check_numbers("text_config", self, ("num_key_value_heads", "head_dim"))
+        if self.head_dim % 2:
+            raise ValueError(f"text_config: head_dim={self.head_dim} must be even, rotations turn pairs")
         if self.num_attention_heads % self.num_key_value_heads:
             raise ValueError(
                 f"text_config: num_attention_heads={self.num_attention_heads} must be a multiple of "
@@ -184,14 +250,26 @@ class MonoInternVLTextConfig(PreTrainedConfig):
                 f"visual_attention_experts={self.visual_attention_experts!r} must be one of "
                 f"{', '.join(VISUAL_ATTENTION_EXPERTS)}"
             )
-        if not 0.0 <= self.drop_path_rate < 1.0:
-            raise ValueError(f"text_config: drop_path_rate={self.drop_path_rate} must be in [0, 1)")
+        for name in ("drop_path_rate", "attention_dropout"):
+            value = getattr(self, name)
+            if not isinstance(value, (int, float)) or not 0.0 <= value < 1.0:
+                raise ValueError(f"text_config: {name}={value!r} must be in [0, 1)")
+        for name, value in (("rope_parameters", self.rope_parameters), ("rope_scaling", kwargs.get("rope_scaling"))):
+            if value is not None and not isinstance(value, dict):
+                raise ValueError(f"text_config: {name} must be a dict, not {value!r}")
+        pad = self.pad_token_id
+        if pad is not None and not (isinstance(pad, int) and 0 <= pad < self.vocab_size):
+            # -1 would be the last row.
+            logger.warning(f"text_config: pad_token_id={pad!r} is no id of {self.vocab_size}; it is left out")
+            self.pad_token_id = None
         super().__post_init__(**kwargs)
         # Old files fill what they do not use with null.
         rope = self.rope_parameters = dict(self.rope_parameters or {})
         rope["rope_type"] = check_rope(rope)
         if rope.get("rope_theta") is None:
             rope["rope_theta"] = self.default_theta
+        if not isinstance(rope["rope_theta"], (int, float)) or not rope["rope_theta"] > 0:
+            raise ValueError(f"text_config: rope_theta={rope['rope_theta']!r} must be a positive number")
         self.plan_visual_attention()
 
     def plan_visual_attention(self) -> None:
@@ -203,7 +281,7 @@ class MonoInternVLTextConfig(PreTrainedConfig):
 
 def _only_fields(values: dict[str, Any], config_class: type[PreTrainedConfig], extra: tuple[str, ...] = ()) -> dict:
     """The entries of an official sub-config that `config_class` (or `extra`) knows."""
-    known = {name for name in config_class.__annotations__ if not name.startswith("_")}
+    known = _fields(config_class)
     return {name: value for name, value in values.items() if name in known or name in extra}
 
 
@@ -237,6 +315,9 @@ class MonoInternVLConfig(PreTrainedConfig):
         kwargs.pop("auto_map", None)
         if "llm_config" in kwargs:
             kwargs = self._read_official(kwargs)
+        _warn_of_misspelt("config", self, kwargs)
+        for name in _TEXT_DIMENSIONS.intersection(kwargs):
+            logger.warning(f"config: {name} changes nothing here; it belongs into text_config")
 
         for name, config_class in self.sub_configs.items():
             value = getattr(self, name)
@@ -265,13 +346,15 @@ class MonoInternVLConfig(PreTrainedConfig):
 
         if self.tie_word_embeddings or self.text_config.tie_word_embeddings:
             self.tie_word_embeddings = self.text_config.tie_word_embeddings = True
-        if self.image_token_id < 0:
-            raise ValueError(f"image_token_id={self.image_token_id} must not be negative")
+        if not isinstance(self.image_token_id, int) or self.image_token_id < 0:
+            raise ValueError(f"image_token_id={self.image_token_id!r} must be an integer that is not negative")
         super().__post_init__(**kwargs)
 
     def _read_official(self, kwargs: dict[str, Any]) -> dict[str, Any]:
         """Turn an official `config.json` into ours; what neither sub-config knows is dropped."""
         llm, vision = kwargs.pop("llm_config"), self.vision_config
+        if not isinstance(llm, (dict, PreTrainedConfig)):
+            raise ValueError(f"llm_config must be a dict, not {type(llm).__name__}")
         llm = llm if isinstance(llm, dict) else llm.to_dict()
         self.architectures = None
         if self.image_token_id == type(self).image_token_id and "vocab_size" in llm:
@@ -284,6 +367,18 @@ class MonoInternVLConfig(PreTrainedConfig):
             self.vision_config = _only_fields(vision, MonoInternVLVisionConfig)
         kept = ("name_or_path", "_name_or_path", "_commit_hash", "torch_dtype", "dtype", "attn_implementation")
         return {name: value for name, value in kwargs.items() if name in kept}
+
+    def __getattr__(self, name: str) -> Any:
+        if name in _RELEASED_NAMES:
+            here = _RELEASED_NAMES[name]
+            raise AttributeError(f"{name} is of the released code's configuration; here: {here}, see docs/legacy.md")
+        raise AttributeError(f"{type(self).__name__!r} object has no attribute {name!r}")
+
+    @classmethod
+    def from_dict(cls, config_dict, **kwargs):  # type: ignore[no-untyped-def]
+        """As in transformers; options that override the file's are checked, and reach the parts that they are about."""
+        overrides = {name: kwargs.pop(name) for name in _OVERRIDES if name in kwargs}
+        return super().from_dict({**config_dict, **overrides}, **kwargs)
 
     @classmethod
     def get_config_dict(cls, pretrained_model_name_or_path, **kwargs):  # type: ignore[no-untyped-def]

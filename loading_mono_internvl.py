@@ -6,6 +6,7 @@ options of the released code         refused, with what to say instead
 """
 
 import copy
+import inspect
 import json
 import os
 from collections.abc import Mapping
@@ -13,9 +14,14 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from transformers.configuration_utils import PreTrainedConfig
+from transformers.modeling_utils import PreTrainedModel
 from transformers.quantizers.auto import AutoQuantizationConfig
 from transformers.utils import is_peft_available, logging
+from transformers.utils.quantization_config import QuantizationConfigMixin
 
+from .compat_mono_internvl import check_keywords
+from .configuration_mono_internvl import MonoInternVLTextConfig
 from .weight_mapping_mono_internvl import checkpoint_mapping
 
 
@@ -29,6 +35,11 @@ _RELEASED_OPTIONS = {
 }
 # What says where a model lies; its processor lies there too.
 _PLACE = ("revision", "cache_dir", "subfolder", "token", "local_files_only")
+# What else `from_pretrained` reads from its keywords.
+_LOADING = (
+    *("dtype", "device_map", "attn_implementation", "quantization_config", "max_memory", "subfolder", "variant"),
+    *("text_config", "vision_config", "image_token_id", "visual_attention_experts"),
+)
 
 
 class SavingMixin:
@@ -89,6 +100,9 @@ class StrictLoadingMixin:
             adapter, base = base, named
         if adapter is not None and not is_peft_available():
             raise ImportError(f"{adapter} holds adapters, which PEFT reads: pip install peft")
+        config = kwargs.get("config")
+        if config is not None and not isinstance(config, (str, os.PathLike, PreTrainedConfig)):
+            raise TypeError(f"config must be a MonoInternVLConfig or a path, not {type(config).__name__}")
         if kwargs.get("quantization_config") is not None:
             kwargs["quantization_config"] = spare(kwargs["quantization_config"], cls._unquantized_modules)
         wants_info = kwargs.pop("output_loading_info", False)
@@ -113,6 +127,21 @@ class StrictLoadingMixin:
         return (model, info) if wants_info else model
 
 
+def refuse_unknown(what: str, options: Mapping[str, Any]) -> None:
+    """Refuse what transformers hands on to a model because neither it nor the configuration has a place for it.
+
+    Raises:
+        TypeError: names the option and where it belongs, or the nearest known one.
+    """
+    for name in options:
+        if name in MonoInternVLTextConfig.__annotations__ or name in ("rope_scaling", "rope_theta"):
+            raise TypeError(f"{name} is a value of text_config: give text_config={{{name!r}: ..}}")
+        if name in ("max_tiles", "min_tiles", "use_thumbnail", "max_pixels"):
+            raise TypeError(f"{name} is an option of the processor and of chat, not of the model")
+    own = set(inspect.signature(PreTrainedModel.from_pretrained).parameters) - {"model_args", "kwargs"}
+    check_keywords(what, options, [*own, *_LOADING])
+
+
 def _refuse_gaps(name: Any, info: Mapping[str, Any]) -> None:
     """Raise a ValueError that lists what a load left missing, unexpected or mis-shaped."""
     problems = [
@@ -127,6 +156,8 @@ def _refuse_gaps(name: Any, info: Mapping[str, Any]) -> None:
 
 def spare(quantization: Any, modules: list[str]) -> Any:
     """A copy of a quantisation config that leaves `modules` as they are, unless it names its own."""
+    if not isinstance(quantization, (dict, QuantizationConfigMixin)):
+        raise TypeError(f"quantization_config must be one of transformers' configs, not {type(quantization).__name__}")
     if isinstance(quantization, dict):
         quantization = AutoQuantizationConfig.from_dict(quantization)
     quantization = copy.copy(quantization)

@@ -41,7 +41,7 @@ from .compat_mono_internvl import (
 from .configuration_mono_internvl import MonoInternVLConfig, MonoInternVLTextConfig
 from .generation_mono_internvl import MonoInternVLGenerationMixin
 from .image_processing_mono_internvl import patchify
-from .loading_mono_internvl import SavingMixin, StrictLoadingMixin
+from .loading_mono_internvl import SavingMixin, StrictLoadingMixin, refuse_unknown
 from .prompt_mono_internvl import place_images
 from .rope_mono_internvl import MonoInternVLRotaryEmbedding, rotate, signed
 from .training_mono_internvl import make_drop_path, next_token_loss, no_tiles, without_cache
@@ -408,7 +408,7 @@ class MonoInternVLModel(MonoInternVLPreTrainedModel):
             return mm_encoder_outputs["image"]
         if pixel_values is None and self.training and torch.is_grad_enabled():
             pixel_values = no_tiles(self.config.vision_config, device)
-        return None if pixel_values is None else self.get_image_features(pixel_values)
+        return None if pixel_values is None else self.get_image_features(pixel_values, return_dict=True)
 
     @staticmethod
     def _rows(image_outputs: BaseModelOutputWithPooling | None) -> torch.Tensor | None:
@@ -504,6 +504,7 @@ class MonoInternVLModel(MonoInternVLPreTrainedModel):
             use_cache=use_cache,
             routing=routing,
             keep=keep,
+            return_dict=True,
             **kwargs,
         )
         return MonoInternVLModelOutputWithPast(
@@ -526,7 +527,8 @@ class MonoInternVLForCausalLM(
     # The way in and the way out keep their precision when weights are quantised: few weights, for every token's sake.
     _unquantized_modules = ["model.vision_embeddings", "model.multi_modal_projector", "lm_head"]
 
-    def __init__(self, config: MonoInternVLConfig):
+    def __init__(self, config: MonoInternVLConfig, **unknown: Any):
+        refuse_unknown(f"{type(self).__name__}.from_pretrained", unknown)
         super().__init__(config)
         self.model = MonoInternVLModel(config)
         self.lm_head = nn.Linear(config.text_config.hidden_size, config.text_config.vocab_size, bias=False)
@@ -590,6 +592,7 @@ class MonoInternVLForCausalLM(
             mm_encoder_outputs=mm_encoder_outputs,
             use_cache=use_cache,
             keep=keep,
+            return_dict=True,
             **kwargs,
         )
         kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep

@@ -384,3 +384,71 @@ def test_outputs_hold_the_embedded_tiles():
     output = model(ids, pixel_values=torch.randn(1, 4, 3 * 28 * 28))
     assert torch.equal(output.image_outputs.pooler_output.flatten(0, 1), output.image_hidden_states)
     assert model(ids[:, -1:]).image_outputs is None
+
+
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [
+        ({"image_token_id": "5"}, "image_token_id='5' must be an integer"),
+        ({"llm_config": 5}, "llm_config must be a dict"),
+        ({"text_config": {"vocab_size": "x"}}, "vocab_size='x' must be a positive integer"),
+        ({"text_config": {"num_attention_heads": 0}}, "num_attention_heads=0 must be a positive integer"),
+        ({"text_config": {"rms_norm_eps": "1e-5"}}, "rms_norm_eps='1e-5' must be a positive number"),
+        ({"text_config": {"head_dim": 3}}, "head_dim=3 must be even"),
+        ({"text_config": {"rope_theta": -1}}, "rope_theta=-1 must be a positive number"),
+        ({"text_config": {"rope_scaling": "dynamic"}}, "rope_scaling must be a dict"),
+        ({"text_config": {"attention_dropout": 5}}, "attention_dropout=5"),
+        ({"vision_config": {"patch_size": "14"}}, "patch_size='14' must be a positive integer"),
+        ({"vision_config": {"image_std": [0, 0, 0]}}, "image_std"),
+    ],
+)
+def test_a_value_that_makes_no_model_is_named(values, message):
+    with pytest.raises(ValueError, match=message):
+        MonoInternVLConfig(**values)
+
+
+def test_what_changes_nothing_in_a_configuration_is_said(caplog):
+    with caplog.at_level(logging.WARNING):
+        logging.getLogger("transformers").propagate = True
+        MonoInternVLConfig(text_config={"hidden_sise": 64}, hidden_size=64)
+        MonoInternVLConfig(text_config={"pad_token_id": -1})
+        said = caplog.text
+        caplog.clear()
+        MonoInternVLConfig.from_dict(tiny_config().to_dict())
+    assert "hidden_sise is not known and changes nothing; did you mean hidden_size" in said
+    assert "hidden_size changes nothing here; it belongs into text_config" in said
+    assert "pad_token_id=-1 is no id" in said
+    assert not caplog.text
+
+
+def test_the_released_configurations_names_point_to_the_page():
+    with pytest.raises(AttributeError, match="llm_config .*text_config, see docs/legacy.md"):
+        _ = MonoInternVLConfig().llm_config
+    assert not hasattr(MonoInternVLConfig(), "template")
+
+
+@pytest.mark.parametrize(
+    ("options", "error", "message"),
+    [
+        ({"max_tile": 4}, TypeError, "unknown option 'max_tile'"),
+        ({"max_tiles": 4}, TypeError, "option of the processor"),
+        ({"device": "cpu"}, TypeError, "did you mean 'device_map'"),
+        ({"num_hidden_layers": 1}, TypeError, "value of text_config"),
+        ({"visual_attention_experts": "qkv"}, ValueError, "missing: .*visual_q_proj"),
+        ({"image_token_id": -1}, ValueError, "image_token_id=-1"),
+        ({"config": {"a": 1}}, TypeError, "config must be"),
+        ({"quantization_config": 8}, TypeError, "quantization_config must be"),
+    ],
+)
+def test_an_option_of_loading_is_honoured_or_refused(folder, options, error, message):
+    with pytest.raises(error, match=message):
+        MonoInternVLForCausalLM.from_pretrained(folder, **options)
+
+
+def test_a_configuration_may_ask_for_tuples():
+    config = tiny_config()
+    config.return_dict = False
+    model = MonoInternVLForCausalLM(config).eval()
+    with torch.no_grad():
+        logits = model(IDS)[0]
+        assert torch.equal(logits, model(IDS, return_dict=True).logits)
