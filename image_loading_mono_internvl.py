@@ -173,6 +173,7 @@ def _content(file: Any, name: str) -> Any:
 
 _SCHEME = re.compile(r"[a-z][a-z0-9+.-]+:", re.IGNORECASE)
 _BASE64 = re.compile(r"[A-Za-z0-9+/_\-\s]+={0,2}\s*")
+_START_AS_BASE64 = re.compile(r"\s*(iVBORw0KGgo|/9j/|R0lGOD|UklGR)")  # PNG, JPEG, GIF, WebP
 _LONGEST_PATH = 4096
 _LIKE_A_PATH = re.compile(r"[/\\]|\.\w{1,5}$")
 
@@ -199,6 +200,8 @@ def _from_text(source: "str | os.PathLike[str]", max_pixels: int | None, srgb: b
     data = _base64_picture(text)
     if data is not None:
         return _from_bytes(data, "picture given as base64", max_pixels, srgb)
+    if len(text) > 200 and _START_AS_BASE64.match(text):
+        raise ValueError(f"picture given as base64 is no valid base64: {_printable(text)}")
     if len(text) >= _LONGEST_PATH:
         raise ValueError(f"{_printable(text)} is neither a file nor base64 of a picture ({len(text):,} characters)")
     return _from_path(Path(text), text, max_pixels, srgb)
@@ -308,9 +311,12 @@ def _from_pil(image: Image.Image, max_pixels: int | None, srgb: bool) -> Image.I
     filename = getattr(image, "filename", "")
     name = _printable(os.fspath(filename)) if filename else f"PIL image of mode {image.mode}"
     file = getattr(image, "fp", None)
-    lazy = isinstance(image, ImageFile.ImageFile) and bool(image.tile)
+    tiles = isinstance(image, ImageFile.ImageFile) and bool(image.tile)
+    # Some formats (WebP, AVIF) have no tiles until they are loaded.
+    held = vars(image).get("_im", vars(image).get("im"))
+    lazy = tiles or (isinstance(image, ImageFile.ImageFile) and held is None)
     try:
-        closed = lazy and (file is None or file.closed)
+        closed = tiles and (file is None or file.closed)
     except (AttributeError, ValueError):
         closed = False
     if closed:
@@ -530,7 +536,7 @@ def _not_a_picture(head: bytes) -> str | None:
             return (
                 "is not a picture but an HTML page, as servers send in place of a picture that needs a login or is gone"
             )
-        if text and sum(char.isprintable() or char.isspace() for char in text[:200]) == len(text[:200]):
+        if text and all(char.isprintable() or char.isspace() for char in text[:200].replace("\ufffd", "\0")):
             if _base64_picture(text) is not None:
                 return "is not a picture but base64 of one; decode it first, or give it as a string"
             kind = "JSON" if text[0] in "{[" else "XML" if text.startswith("<?xml") else "text"

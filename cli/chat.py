@@ -239,12 +239,8 @@ def _load_named(name: str, max_pixels: int) -> Image.Image:
 
 def load_picture(name: str, max_pixels: int) -> Image.Image:
     """The RGB picture of a file or URL; errors name it."""
-    from PIL import Image
-
     from ..image_processing_mono_internvl import load_image
 
-    # The named limit decides alone; Pillow's own, twice MAX_IMAGE_PIXELS, would stop what was allowed here.
-    Image.MAX_IMAGE_PIXELS = max(Image.MAX_IMAGE_PIXELS or 0, max_pixels)
     return load_image(name, max_pixels=max_pixels)
 
 
