@@ -389,6 +389,18 @@ class MonoInternVLConfig(PreTrainedConfig):
         return config_dict, kwargs
 
 
+def _of_text(name: str) -> property:
+    """An attribute that is kept in `text_config` only."""
+    return property(
+        lambda config: getattr(config.text_config, name),
+        lambda config, value: setattr(config.text_config, name, value),
+        doc=f"`text_config.{name}`, for code that knows models of one part only.",
+    )
+
+
+for _name in ("bos_token_id", "eos_token_id", "pad_token_id", "vocab_size"):
+    setattr(MonoInternVLConfig, _name, _of_text(_name))
+
 MonoInternVLConfig.register_for_auto_class()
 
 __all__ = ["MonoInternVLConfig", "MonoInternVLTextConfig", "MonoInternVLVisionConfig"]

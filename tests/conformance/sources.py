@@ -1,6 +1,7 @@
 """Where the upstream tests come from: archives of the installed versions on PyPI; checkouts where those hold none."""
 
 import importlib.metadata
+import importlib.util
 import os
 import re
 import shutil
@@ -20,7 +21,9 @@ STUBS = {
     "utils/test_configuration_utils.py": "config_common_kwargs: dict = {}\n",
 }
 # Exported graphs are no part of this run, whatever the sources hold.
-EXPORTERS = {"exporters/test_export.py": "class ExportTesterMixin:\n    pass\n"}
+EXPORTERS = {
+    "exporters/test_export.py": "class ExportTesterMixin:\n    pass\n\n\nclass ExportGenerateTesterMixin:\n    pass\n"
+}
 # Upstream's pictures and sounds lie on the Hub. A picture is a picture to these tests; anything else stays a URL, which
 # fails where it is opened.
 FETCH = """
@@ -28,7 +31,7 @@ def url_to_local_path(url):
     return {picture!r} if url.endswith((".png", ".jpg", ".jpeg")) else url
 """
 # Folders of a transformers checkout that the suites import from.
-CHECKOUT_FOLDERS = ("generation", "pipelines", "utils")
+CHECKOUT_FOLDERS = ("generation", "pipelines")
 
 
 def cache_folder() -> Path:
@@ -95,6 +98,9 @@ def transformers_tests(work: Path, checkout: Path | None) -> None:
     # The text that the tokenizer tests cut and pad.
     (package / "fixtures").mkdir()
     shutil.copy(ROOT / "README.md", package / "fixtures" / "sample_text.txt")
+    # Some name their own package as it is called in a checkout.
+    write(work / "tests" / "__init__.py", "")
+    shutil.copytree(package / "exporters", work / "tests" / "exporters")
     # A tests folder by its usual name, for paths relative to the folder that pytest runs in.
     samples = work / "tests" / "fixtures" / "tests_samples" / "COCO"
     samples.mkdir(parents=True)
@@ -102,7 +108,10 @@ def transformers_tests(work: Path, checkout: Path | None) -> None:
 
 
 def peft_tests(work: Path) -> None:
+    """`work/peft_tests`: the installed version's tests, which import diffusers for tests that are not run here."""
     unpack_tests(archive("peft"), work / "peft_tests")
+    if importlib.util.find_spec("diffusers") is None:
+        write(work / "only_peft" / "diffusers.py", "class StableDiffusionPipeline:\n    pass\n")
 
 
 def trl_tests(work: Path, checkout: Path) -> None:
