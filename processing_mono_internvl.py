@@ -184,22 +184,25 @@ class MonoInternVLProcessor(ProcessorMixin):
 
     @classmethod
     def _get_arguments_from_pretrained(cls, pretrained_model_name_or_path, processor_dict=None, **kwargs):  # type: ignore[no-untyped-def]
-        """Our two parts, from a native folder or an official one. (Asked for by name: transformers' automatic image
-        processor class wants torchvision before 5.18, and an official folder names code that is not ours.)
+        """Our two parts, from a native folder or an official one, unless they are given. (Asked for by name:
+        transformers' automatic image processor class wants torchvision before 5.18, and an official folder names code
+        that is not ours.)
 
         Raises:
             TypeError: an option that neither part knows; names the nearest known one.
         """
         kwargs = {name: value for name, value in kwargs.items() if value is not None and not name.startswith("_")}
+        given = {name: kwargs.pop(name, None) for name in ("image_processor", "tokenizer")}
         check_keywords(
             f"{cls.__name__}.from_pretrained",
             [name for name in kwargs if name not in _LOADING_OPTIONS],
             [*_image_processor_options(), *_TOKENIZER_OPTIONS, "chat_template", "revision", "subfolder"],
         )
-        return [
-            load_image_processor(pretrained_model_name_or_path, **kwargs),
-            _load_tokenizer(pretrained_model_name_or_path, **kwargs),
-        ]
+        # Asked whether they are None, since a tokenizer's truth is its number of words.
+        for name, load in (("image_processor", load_image_processor), ("tokenizer", _load_tokenizer)):
+            if given[name] is None:
+                given[name] = load(pretrained_model_name_or_path, **kwargs)
+        return list(given.values())
 
     def save_pretrained(self, save_directory, push_to_hub: bool = False, **kwargs):  # type: ignore[no-untyped-def]
         """As in transformers; `preprocessor_config.json`, which some engines look for, is written too."""

@@ -99,5 +99,3 @@ class NanoPipelineTest(upstream.ImageTextToTextPipelineTests):
         model = MonoInternVLForCausalLM.from_pretrained(nano_folder())
         processor = MonoInternVLProcessor.from_pretrained(nano_folder())
         self.run_pipeline_test(*self.get_test_pipeline(model, None, processor, None))
-
-

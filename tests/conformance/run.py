@@ -58,7 +58,9 @@ SUITES = {
     "processor": Suite("processor_suite.py", "ProcessorTesterMixin"),
     "tokenizer": Suite("tokenizer_suite.py", "TokenizerTesterMixin, TokenizersBackendTesterMixin"),
     "pipeline": Suite("pipeline_suite.py", "ImageTextToTextPipelineTests", source="transformers", slow=True),
-    "continuous_batching": Suite("continuous_batching_suite.py", "continuous batching", source="transformers", slow=True),
+    "continuous_batching": Suite(
+        "continuous_batching_suite.py", "continuous batching", source="transformers", slow=True
+    ),
     "peft": Suite("peft_suite.py", "PEFT's decoder models", packages=("peft", "datasets")),
     "trl": Suite("trl_suite.py", "TRL's trainers with pictures", source="trl", packages=("trl", "datasets")),
 }
@@ -113,14 +115,14 @@ def judge(result: Result, version: str, failures: Sequence[Failure] = FAILURES) 
     for failure in applicable(result.suite, version, failures):
         for pattern in failure.tests:
             met = [test for test in result.tests if matches(test, pattern)]
-            for test in met:
-                outcome = result.tests[test][0]
-                if outcome == "failed":
-                    explained[test] = failure.reason
-                else:
-                    wrong.append(f"{result.suite}: {test} {outcome}, but expected.py lists it as failing")
-            if not met and result.whole and not result.missing:
-                wrong.append(f"{result.suite}: expected.py lists {pattern}, which no test is called")
+            explained.update({test: failure.reason for test in met if result.tests[test][0] == "failed"})
+            wrong += [
+                f"{result.suite}: {test} passes, but expected.py lists it as failing"
+                for test in met
+                if result.tests[test][0] == "passed"
+            ]
+            if explained.keys().isdisjoint(met) and result.whole and not result.missing:
+                wrong.append(f"{result.suite}: expected.py lists {pattern}, but no such test fails")
     for test, (outcome, reason) in result.tests.items():
         if outcome == "failed" and test not in explained:
             first = next((line for line in reason.splitlines() if line.strip()), "")

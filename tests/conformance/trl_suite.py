@@ -1,4 +1,4 @@
-"""TRL's tests of its trainers on models that see: SFT, DPO, KTO, GRPO and RLOO, on a tiny model with one tile a picture.
+"""TRL's tests of its trainers on models that see: SFT, DPO, KTO, GRPO and RLOO, on a tiny model, one tile a picture.
 
 Their models and data sets lie on the Hub; a model of ours stands under each name that they ask for, and rows of the
 same columns are made here.
@@ -73,11 +73,11 @@ def rows(config: str, pictures: int) -> dict[str, list]:
         return [{"role": role, "content": parts if pictures > 1 else words}]
 
     counts = [1 + i % pictures if pictures else 0 for i in range(len(QUESTIONS))]
-    prompts = [text("user", words, count) for words, count in zip(QUESTIONS, counts)]
+    prompts = [text("user", words, count) for words, count in zip(QUESTIONS, counts, strict=True)]
     answers, others = ([text("assistant", words) for words in column] for column in (ANSWERS, OTHERS))
     columns: dict[str, list] = {
         "language_modeling": lambda: {
-            "text" if form == "standard" else "messages": [a + b for a, b in zip(prompts, answers)]
+            "text" if form == "standard" else "messages": [a + b for a, b in zip(prompts, answers, strict=True)]
         },
         "prompt_only": lambda: {"prompt": prompts},
         "prompt_completion": lambda: {"prompt": prompts, "completion": answers},
