@@ -94,6 +94,16 @@ FAILURES = (
         "gives max_length without truncation beside padding='longest', which is refused because nothing would read it",
     ),
     Failure(
+        "processor",
+        ("MonoInternVLTilesProcessorTest::test_get_num_multimodal_tokens_matches_processor_call",),
+        "counts two pictures of a prompt as two prompts; they share one budget of tiles, which a list of lists says",
+    ),
+    Failure(
+        "pipeline",
+        (PIPELINE + "test_the_common_call",),
+        "asks the tokenizer for `image_token`, and writes no placeholder without it; ours stands with the processor",
+    ),
+    Failure(
         "pipeline",
         (PIPELINE + "test_preprocess_empty_processor_kwargs_not_leaked",),
         "passes unrelated_kwarg=True and wants a warning; an unknown option is refused by name",
