@@ -89,6 +89,7 @@ class MonoInternVLChatMixin:
         min_tiles: int | None = None,
         use_thumbnail: bool | None = None,
         max_pixels: int | None = None,
+        convert_to_srgb: bool | None = None,
         streamer: Any = None,
         keep_grounding_tags: bool = False,
         processor: Any = None,
@@ -107,8 +108,8 @@ class MonoInternVLChatMixin:
             history: earlier (prompt, answer) pairs, or messages `{"role", "content"}`; as an earlier call returned it,
                 or your own. Prompts keep their marks.
             return_history: also return the history with this turn, in the form it came in (pairs by default).
-            max_tiles, min_tiles, use_thumbnail, max_pixels: of the pictures, see the image processor; several pictures
-                share `max_tiles`. Default: the processor's.
+            max_tiles, min_tiles, use_thumbnail, max_pixels, convert_to_srgb: of the pictures, see the image processor;
+                several pictures share `max_tiles`. Default: the processor's.
             streamer: gets the answer as it grows: a `transformers` text streamer, or a callable that takes `str`.
                 Pieces are whole characters and join to the answer. A bare streamer (`put`, `end`) gets ids. It is ended
                 also where the call fails.
@@ -151,6 +152,7 @@ class MonoInternVLChatMixin:
             "min_tiles": min_tiles,
             "use_thumbnail": use_thumbnail,
             "max_pixels": max_pixels,
+            "convert_to_srgb": convert_to_srgb,
         }
         inputs = processor.apply_chat_template(
             messages,

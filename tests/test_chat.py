@@ -242,6 +242,18 @@ def test_an_option_is_honoured_or_refused(chat, options, error, message):
         chat(RED, "Q", **options)
 
 
+def test_profiles_are_applied_when_asked_for(chat):
+    """A profile of another colour space: with it the model is given other pixels."""
+    from PIL import ImageCms
+
+    profile = ImageCms.ImageCmsProfile(ImageCms.createProfile("sRGB"))
+    picture = Image.new("RGB", (60, 60), (200, 30, 30))
+    picture.info["icc_profile"] = profile.tobytes()
+    assert isinstance(chat([picture], "What?", convert_to_srgb=True), str)
+    with pytest.raises(ValueError, match="convert_to_srgb"):
+        chat([picture], "What?", convert_to_srgb="yes")
+
+
 def test_options_that_work(chat):
     greedy = chat(RED, "What is it?", max_new_tokens=8)
     assert chat(RED, "What is it?", temperature=0, max_new_tokens=8) == greedy

@@ -373,6 +373,21 @@ def test_damaged_exif_hides_no_size(tmp_path):
     assert picture_sizes(messages) == [(300, 60)]
 
 
+def test_a_size_that_no_header_tells_is_that_of_the_picture(tmp_path, monkeypatch):
+    Image.new("RGB", (300, 60), "white").save(tmp_path / "large.png")
+    (tmp_path / "no.png").write_text("<html></html>")
+    messages = [{"role": "user", "content": [{"type": "image", "image": (tmp_path / "large.png").as_uri()}]}]
+    assert picture_sizes(messages) == [(300, 60)]
+    # Pillow's own limit, which the recipe's stands in for.
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 1000)
+    assert picture_sizes(messages) == [(300, 60)]
+    messages[0]["content"][0]["image"] = str(tmp_path / "large.png")
+    assert picture_sizes(messages) == [(300, 60)]
+    messages[0]["content"][0]["image"] = str(tmp_path / "no.png")
+    with pytest.raises(ValueError, match=r"no\.png.*HTML"):
+        picture_sizes(messages)
+
+
 def both_ways(folder, processor, data, weighting):
     """The same eight samples in two packs and padded."""
     conversations = Conversations(open_sources([data / "train.jsonl"]), processor, max_tiles=4, max_length=400)

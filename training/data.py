@@ -70,17 +70,23 @@ def picture_sizes(messages: Iterable[dict[str, Any]]) -> list[tuple[int, int]]:
         for part in message["content"] if isinstance(message["content"], list) else []:
             if part["type"] != "image":
                 continue
-            picture = part["image"]
-            if isinstance(picture, str) and not picture.lower().startswith(("http://", "https://", "data:")):
-                with Image.open(picture) as opened:
-                    width, height = opened.size
-                    # Pillow decodes a PNG to look for EXIF behind the pixels, where nobody writes it.
-                    has_exif = opened.format != "PNG" or "exif" in opened.info
-                    turned = has_exif and exif_orientation(opened, picture) in _ON_ITS_SIDE
-                sizes.append((height, width) if turned else (width, height))
-            else:
-                sizes.append(load_image(picture).size)
+            sizes.append(_size_in_header(part["image"]) or load_image(part["image"]).size)
     return sizes
+
+
+def _size_in_header(picture: Any) -> tuple[int, int] | None:
+    """Width and height of a file as it is seen, or None where only reading the picture tells, or what is wrong."""
+    if not isinstance(picture, str) or picture.lower().startswith(("http://", "https://", "data:")):
+        return None
+    try:
+        with Image.open(picture) as opened:
+            width, height = opened.size
+            # Pillow decodes a PNG to look for EXIF behind the pixels, where nobody writes it.
+            has_exif = opened.format != "PNG" or "exif" in opened.info
+            turned = has_exif and exif_orientation(opened, picture) in _ON_ITS_SIDE
+    except (OSError, ValueError, Image.DecompressionBombError):
+        return None
+    return (height, width) if turned else (width, height)
 
 
 def target_weights(labels: torch.Tensor, weighting: str) -> torch.Tensor:
