@@ -60,6 +60,14 @@ def test_an_entry_holds_for_its_versions(modules):
     assert run.judge(result(run, a="passed"), "5.17.0", failures)[1] == []
 
 
+def test_another_error_is_not_the_expected_one(modules):
+    run, expected = modules
+    failures = (expected.Failure("peft", ("T::a",), "because", says="wh"),)
+    assert run.judge(result(run, a="failed"), "5.24.0", failures) == ({"T::a": "because"}, [])
+    failures = (expected.Failure("peft", ("T::a",), "because", says="else"),)
+    assert run.judge(result(run, a="failed"), "5.24.0", failures)[1][-1] == "peft: T::a failed: why"
+
+
 def test_a_test_has_the_worst_of_its_outcomes(modules, tmp_path):
     run, _ = modules
     file = tmp_path / "outcomes.jsonl"

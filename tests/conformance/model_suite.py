@@ -160,3 +160,4 @@ class MonoInternVL15ModelTest(MonoInternVLModelTest):
 # Where a checkout brings them, tests of generation have a suite of their own.
 for _name in [name for name in dir(GenerationTesterMixin) if name.startswith("test_")]:
     setattr(MonoInternVLModelTest, _name, None)
+    setattr(MonoInternVL15ModelTest, _name, None)
