@@ -35,7 +35,9 @@ _ROLES = ("bos_token", "eos_token", "unk_token", "pad_token", "sep_token", "cls_
 _RESERVED = re.compile(r"<\|reserved_\d+\|>")
 
 _LOCK = threading.Lock()
-_made: "weakref.WeakKeyDictionary[Any, tuple[Any, dict[frozenset[str], Vocabulary]]]" = weakref.WeakKeyDictionary()
+# Templates of one tokenizer whose vocabulary is kept.
+_TEMPLATES = 32
+_made: "weakref.WeakKeyDictionary[Any, tuple[Any, dict[str, Vocabulary]]]" = weakref.WeakKeyDictionary()
 
 
 def checked_backend(tokenizer: Any) -> Tokenizer:
@@ -66,16 +68,17 @@ def vocabulary_of(tokenizer: Any, template: str = "") -> "Vocabulary":
     backend = checked_backend(tokenizer)
     added = backend.get_added_tokens_decoder()
     roles = tuple(getattr(tokenizer, role) for role in _ROLES)
-    state = (id(backend), roles, tuple(sorted((i, token.content, token.special) for i, token in added.items())))
-    named = frozenset(token.content for token in added.values() if token.special and token.content in template)
+    state = (id(backend), roles, frozenset((i, token.content, token.special) for i, token in added.items()))
     with _LOCK:
         known_state, known = _made.get(tokenizer, (None, {}))
-        if known_state != state:
+        if known_state != state or len(known) > _TEMPLATES:
             known = {}
             _made[tokenizer] = (state, known)
-        if named not in known:
-            known[named] = Vocabulary(backend, added, {role for role in roles if role}, named)
-        return known[named]
+        if template not in known:
+            named = frozenset(token.content for token in added.values() if token.special and token.content in template)
+            alike = (vocabulary for vocabulary in known.values() if vocabulary.named == named)
+            known[template] = next(alike, None) or Vocabulary(backend, added, {role for role in roles if role}, named)
+        return known[template]
 
 
 class Vocabulary:
@@ -90,6 +93,7 @@ class Vocabulary:
     """
 
     def __init__(self, backend: Tokenizer, added: dict[int, AddedToken], roles: set[str], named: frozenset[str]):
+        self.named = named
         known = (*CONTROL_TOKENS, *GROUNDING_TAGS)
         ids = {token: i for token in known if (i := backend.token_to_id(token)) is not None}
         # Ours come behind a base's tokens, and a user's behind ours.
