@@ -9,6 +9,7 @@ import copy
 import inspect
 import json
 import os
+import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -114,9 +115,9 @@ class StrictLoadingMixin:
         if not tolerant:
             _refuse_gaps(base, info)
         if adapter is not None:
-            found = model.load_adapter(adapter, adapter_kwargs=adapter_kwargs)
+            found = _load_adapter(model, adapter, adapter_kwargs)
             if not tolerant:
-                _refuse_gaps(adapter, vars(found))
+                _refuse_gaps(adapter, found)
         model._loaded_from = [(str(base), place)] if base is not None else []
         if adapter is not None:
             model._loaded_from.insert(0, (str(adapter), place if base == pretrained_model_name_or_path else {}))
@@ -140,6 +141,40 @@ def refuse_unknown(what: str, options: Mapping[str, Any]) -> None:
             raise TypeError(f"{name} is an option of the processor and of chat, not of the model")
     own = set(inspect.signature(PreTrainedModel.from_pretrained).parameters) - {"model_args", "kwargs"}
     check_keywords(what, options, [*own, *_LOADING])
+
+
+def _load_adapter(model: Any, adapter: Any, options: Mapping[str, Any]) -> dict[str, list[str]]:
+    """Put adapters over a model as PEFT itself does: transformers' `load_adapter` does not know all that PEFT writes
+    (DoRA's magnitudes and, on older versions, whole modules, single tokens and the head).
+
+    Returns:
+        What was missing and unexpected.
+    """
+    from peft import PeftConfig, PeftModel
+    from peft.utils import load_peft_weights
+
+    config = PeftConfig.from_pretrained(adapter, **options)
+    config.inference_mode = True
+    names = load_peft_weights(adapter, device="cpu", **options)
+    _add_rows(model, names)
+    # The wrapper is only needed to put the adapters in; as from `load_adapter`, what answers is the model itself.
+    wrapper = PeftModel(model, config, autocast_adapter_dtype=False)
+    found = wrapper.load_adapter(adapter, "default", is_trainable=False, autocast_adapter_dtype=False, **options)
+    model._hf_peft_config_loaded = True
+    model.eval()
+    # PEFT writes an embedding that was resized and trained twice, the second time under a name that it does not read.
+    twice = {name for name in names if name.replace(".modules_to_save.", ".") in names.keys() - {name}}
+    unexpected = [name for name in found.unexpected_keys if name not in twice]
+    return {"missing_keys": list(found.missing_keys), "unexpected_keys": unexpected}
+
+
+def _add_rows(model: Any, weights: Mapping[str, torch.Tensor]) -> None:
+    """Give the base the rows for new tokens that an adapter brings (PEFT saves embedding and head once resized)."""
+    name = re.compile(r"(embed_tokens|lm_head)(\.modules_to_save)?(\.base_layer)?\.weight$")
+    rows = max((weight.shape[0] for key, weight in weights.items() if name.search(key)), default=0)
+    if rows > model.get_input_embeddings().weight.shape[0]:
+        # All of them come with the adapter, so that none has to be drawn well.
+        model.resize_token_embeddings(rows, mean_resizing=False)
 
 
 def _refuse_gaps(name: Any, info: Mapping[str, Any]) -> None:

@@ -305,6 +305,57 @@ def test_a_folder_of_adapters_is_loaded_over_its_base(tmp_path, auto_class):
     assert [place for place, _ in loaded._loaded_from] == [str(folder), str(base)]
 
 
+@pytest.mark.parametrize(
+    ("options", "rows"),
+    [
+        ({"target_modules": ["q_proj", "patch_embedding"], "use_dora": True}, 0),
+        ({"target_modules": ["lm_head", "embed_tokens"]}, 0),
+        ({"target_modules": ["q_proj"], "trainable_token_indices": [5, 6]}, 0),
+        ({"target_modules": ["q_proj"], "modules_to_save": ["multi_modal_projector", "vision_embeddings"]}, 0),
+        # Tokens added in fine-tuning: PEFT saves embedding and head with the adapters.
+        ({"target_modules": ["q_proj"], "modules_to_save": ["embed_tokens", "lm_head"]}, 8),
+        ({"target_modules": ["q_proj"]}, 8),
+    ],
+)
+def test_adapters_of_every_kind_are_loaded_whole(tmp_path, options, rows):
+    peft = pytest.importorskip("peft")
+    tiny_model().save_pretrained(tmp_path / "base")
+    base = MonoInternVLForCausalLM.from_pretrained(tmp_path / "base")
+    known = base.get_input_embeddings().weight.shape[0]
+    if rows:
+        base.resize_token_embeddings(known + rows, mean_resizing=False)
+    adapted = peft.get_peft_model(base, peft.LoraConfig(r=2, init_lora_weights=False, **options))
+    with torch.no_grad():
+        for parameter in adapted.parameters():
+            if parameter.requires_grad:
+                parameter.add_(torch.randn_like(parameter) * 0.1)
+    adapted.save_pretrained(tmp_path / "adapter")
+    ids, pixels = torch.tensor([[5, 6, 7, known + rows - 1]]), torch.rand(1, 4, 3 * 28 * 28)
+    loaded = MonoInternVLForCausalLM.from_pretrained(tmp_path / "adapter")
+    wanted, adapted = adapted.base_model.model.eval(), None
+    torch.testing.assert_close(loaded(input_ids=ids).logits, wanted(input_ids=ids).logits)
+    found, right = (m.get_image_features(pixels).pooler_output for m in (loaded, wanted))
+    torch.testing.assert_close(torch.cat(list(found)), torch.cat(list(right)))
+    assert loaded.get_input_embeddings().weight.shape[0] == known + rows
+
+
+def test_what_an_adapters_file_lacks_or_has_too_much_is_named(tmp_path):
+    base, folder = tmp_path / "base", tmp_path / "adapter"
+    tiny_model().save_pretrained(base)
+    adapter_folder(base, folder)
+    file = folder / "adapter_model.safetensors"
+    weights = {name: value.clone() for name, value in load_file(file).items()}
+    name = next(name for name in weights if "lora_A" in name)
+    save_file({key: value for key, value in weights.items() if key != name}, file, metadata={"format": "pt"})
+    with pytest.raises(ValueError, match="adapter does not hold this model's weights; 1 missing: .*lora_A"):
+        MonoInternVLForCausalLM.from_pretrained(folder)
+    save_file(
+        {**weights, "base_model.model.gone.lora_A.weight": weights[name].clone()}, file, metadata={"format": "pt"}
+    )
+    with pytest.raises(ValueError, match="1 unexpected: .*gone.*lora_A"):
+        MonoInternVLForCausalLM.from_pretrained(folder)
+
+
 def test_what_an_adapters_folder_lacks_is_named(tmp_path):
     base, folder = tmp_path / "base", tmp_path / "adapter"
     tiny_model().save_pretrained(base)
