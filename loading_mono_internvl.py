@@ -159,13 +159,34 @@ def _load_adapter(model: Any, adapter: Any, options: Mapping[str, Any]) -> dict[
     _add_rows(model, names)
     # The wrapper is only needed to put the adapters in; as from `load_adapter`, what answers is the model itself.
     wrapper = PeftModel(model, config, autocast_adapter_dtype=False)
-    found = wrapper.load_adapter(adapter, "default", is_trainable=False, autocast_adapter_dtype=False, **options)
+    _materialize(wrapper)
+    # Parts of an offloaded base stay where they are: PEFT would deal all of them out anew.
+    placed = model.__dict__.pop("hf_device_map", None)
+    try:
+        found = wrapper.load_adapter(adapter, "default", is_trainable=False, autocast_adapter_dtype=False, **options)
+    finally:
+        if placed is not None:
+            model.hf_device_map = placed
     model._hf_peft_config_loaded = True
     model.eval()
     # PEFT writes an embedding that was resized and trained twice, the second time under a name that it does not read.
     twice = {name for name in names if name.replace(".modules_to_save.", ".") in names.keys() - {name}}
     unexpected = [name for name in found.unexpected_keys if name not in twice]
     return {"missing_keys": list(found.missing_keys), "unexpected_keys": unexpected}
+
+
+def _materialize(adapted: Any) -> None:
+    """Adapters of offloaded layers lie where these compute: no hook would bring them, as it brings the layer's own."""
+    for module in adapted.modules():
+        layer = getattr(module, "base_layer", None)
+        device = getattr(getattr(layer, "_hf_hook", None), "execution_device", None)
+        for name, inner in module.named_modules() if layer is not None else ():
+            if name.split(".")[0] == "base_layer":
+                continue
+            for key, parameter in inner.named_parameters(recurse=False):
+                if parameter.is_meta:
+                    there = torch.empty_like(parameter, device="cpu" if device is None else device)
+                    setattr(inner, key, torch.nn.Parameter(there, requires_grad=False))
 
 
 def _add_rows(model: Any, weights: Mapping[str, torch.Tensor]) -> None:

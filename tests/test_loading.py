@@ -339,6 +339,19 @@ def test_adapters_of_every_kind_are_loaded_whole(tmp_path, options, rows):
     assert loaded.get_input_embeddings().weight.shape[0] == known + rows
 
 
+def test_adapters_of_an_offloaded_base_lie_where_it_computes(tmp_path):
+    base, folder = tmp_path / "base", tmp_path / "adapter"
+    tiny_model().save_pretrained(base)
+    wanted = adapter_folder(base, folder)
+    places = {"device_map": {"model": "disk", "lm_head": "cpu"}, "offload_folder": tmp_path / "offload"}
+    loaded = MonoInternVLForCausalLM.from_pretrained(folder, **places)
+    ids, pixels = torch.tensor([[5, 6, 7]]), torch.rand(1, 4, 3 * 28 * 28)
+    torch.testing.assert_close(loaded(input_ids=ids).logits, wanted(input_ids=ids).logits)
+    found, right = (m.get_image_features(pixels).pooler_output for m in (loaded, wanted))
+    torch.testing.assert_close(torch.cat(list(found)), torch.cat(list(right)))
+    assert loaded.hf_device_map == places["device_map"]
+
+
 def test_what_an_adapters_file_lacks_or_has_too_much_is_named(tmp_path):
     base, folder = tmp_path / "base", tmp_path / "adapter"
     tiny_model().save_pretrained(base)
