@@ -131,9 +131,9 @@ class MonoInternVLChatMixin:
         options = self._generation_options(generation_config, generate_kwargs)
         processor = self._processor_for(processor)
         pictures = [] if images is None else flatten_pictures(images)
-        if any(picture is None for picture in pictures):
-            place = next(number for number, picture in enumerate(pictures, start=1) if picture is None)
-            raise ValueError(f"picture {place} of {len(pictures)} is None")
+        for place, picture in enumerate(pictures, start=1):
+            if picture is None:
+                raise ValueError(f"picture {place} of {len(pictures)} is None")
         if not pictures and images is not None and not isinstance(images, (list, tuple)):
             # Frames of a video that gave none, or an iterator that somebody else has read to its end.
             raise ValueError(f"images is {type(images).__name__} without a picture in it; for none give None or []")

@@ -110,8 +110,8 @@ def load_image(
     )
 
 
-def at_picture(error: Exception, number: int, count: int) -> Exception:
-    """The same kind of error, whose message says which of several pictures it is about."""
+def prefixed(error: Exception, prefix: str) -> Exception:
+    """The same kind of error with a prefix before its message; an error of no common kind as it is."""
     kinds = (
         FileNotFoundError,
         PermissionError,
@@ -122,7 +122,12 @@ def at_picture(error: Exception, number: int, count: int) -> Exception:
         ImportError,
     )
     kind = next((kind for kind in kinds if isinstance(error, kind)), None)
-    return error if kind is None or count == 1 else kind(f"picture {number} of {count}: {error}")
+    return error if kind is None else kind(f"{prefix}: {error}")
+
+
+def at_picture(error: Exception, number: int, count: int) -> Exception:
+    """The same kind of error, whose message says which of several pictures it is about."""
+    return error if count == 1 else prefixed(error, f"picture {number} of {count}")
 
 
 def _printable(name: str | bytes) -> str:
@@ -229,15 +234,20 @@ def _base64_picture(text: str) -> bytes | None:
     if len(text) < 32 or not _BASE64.fullmatch(text):
         return None
     try:
-        data = _decode_base64(text.encode("ascii"))
+        data = decode_base64(text)
     except binascii.Error:
         return None
     # A name of 32 letters that by chance is base64 does not start as a picture does.
     return data if _SIGNATURE.match(data) else None
 
 
-def _decode_base64(text: bytes) -> bytes:
-    """base64 of either alphabet, with or without padding."""
+def decode_base64(text: str | bytes) -> bytes:
+    """base64 of either alphabet, with or without padding.
+
+    Raises:
+        binascii.Error, UnicodeError: it is none.
+    """
+    text = "".join(text.split()).encode("ascii") if isinstance(text, str) else text
     plain = b"".join(text.split()).translate(bytes.maketrans(b"-_", b"+/")).rstrip(b"=")
     return base64.b64decode(plain + b"=" * (-len(plain) % 4), validate=True)
 
@@ -250,7 +260,7 @@ def _read_data_uri(uri: str) -> bytes:
     if "base64" not in (parameter.strip().lower() for parameter in head.split(";")[1:]):
         return data
     try:
-        return _decode_base64(data)
+        return decode_base64(data)
     except binascii.Error as error:
         raise ValueError(f"picture given as data: URI is no valid base64: {error}") from error
 

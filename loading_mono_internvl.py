@@ -115,7 +115,9 @@ class StrictLoadingMixin:
         if not tolerant:
             _refuse_gaps(base, info)
         if adapter is not None:
-            found = _load_adapter(model, adapter, adapter_kwargs)
+            _, found = put_adapter(model, adapter, adapter_kwargs)
+            # What answers is the model itself, as from transformers' `load_adapter`.
+            model._hf_peft_config_loaded = True
             if not tolerant:
                 _refuse_gaps(adapter, found)
         model._loaded_from = [(str(base), place)] if base is not None else []
@@ -143,12 +145,12 @@ def refuse_unknown(what: str, options: Mapping[str, Any]) -> None:
     check_keywords(what, options, [*own, *_LOADING])
 
 
-def _load_adapter(model: Any, adapter: Any, options: Mapping[str, Any]) -> dict[str, list[str]]:
+def put_adapter(model: Any, adapter: Any, options: Mapping[str, Any]) -> tuple[Any, dict[str, list[str]]]:
     """Put adapters over a model as PEFT itself does: transformers' `load_adapter` does not know all that PEFT writes
     (DoRA's magnitudes and, on older versions, whole modules, single tokens and the head).
 
     Returns:
-        What was missing and unexpected.
+        PEFT's wrapper, which can merge them into the model, and what was missing and unexpected.
     """
     from peft import PeftConfig, PeftModel
     from peft.utils import load_peft_weights
@@ -157,7 +159,6 @@ def _load_adapter(model: Any, adapter: Any, options: Mapping[str, Any]) -> dict[
     config.inference_mode = True
     names = load_peft_weights(adapter, device="cpu", **options)
     _add_rows(model, names)
-    # The wrapper is only needed to put the adapters in; as from `load_adapter`, what answers is the model itself.
     wrapper = PeftModel(model, config, autocast_adapter_dtype=False)
     _materialize(wrapper)
     # Parts of an offloaded base stay where they are: PEFT would deal all of them out anew.
@@ -167,12 +168,11 @@ def _load_adapter(model: Any, adapter: Any, options: Mapping[str, Any]) -> dict[
     finally:
         if placed is not None:
             model.hf_device_map = placed
-    model._hf_peft_config_loaded = True
     model.eval()
     # PEFT writes an embedding that was resized and trained twice, the second time under a name that it does not read.
     twice = {name for name in names if name.replace(".modules_to_save.", ".") in names.keys() - {name}}
     unexpected = [name for name in found.unexpected_keys if name not in twice]
-    return {"missing_keys": list(found.missing_keys), "unexpected_keys": unexpected}
+    return wrapper, {"missing_keys": list(found.missing_keys), "unexpected_keys": unexpected}
 
 
 def _materialize(adapted: Any) -> None:
@@ -198,15 +198,19 @@ def _add_rows(model: Any, weights: Mapping[str, torch.Tensor]) -> None:
         model.resize_token_embeddings(rows, mean_resizing=False)
 
 
-def _refuse_gaps(name: Any, info: Mapping[str, Any]) -> None:
-    """Raise a ValueError that lists what a load left missing, unexpected or mis-shaped."""
+def list_gaps(info: Mapping[str, Any]) -> str:
+    """What a load left missing, unexpected or mis-shaped, for a message; empty where it left nothing."""
     problems = [
         f"{len(keys)} {kind}: {', '.join(sorted(str(key) for key in keys))}"
         for kind in ("missing", "unexpected", "mismatched")
         if (keys := info.get(f"{kind}_keys"))
     ]
-    if problems:
-        text = "; ".join(problems).replace(" mismatched:", " mis-shaped:")
+    return "; ".join(problems).replace(" mismatched:", " mis-shaped:")
+
+
+def _refuse_gaps(name: Any, info: Mapping[str, Any]) -> None:
+    """Raise a ValueError that lists what a load left missing, unexpected or mis-shaped."""
+    if text := list_gaps(info):
         raise ValueError(f"{name} does not hold this model's weights; {text}")
 
 

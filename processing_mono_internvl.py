@@ -31,6 +31,7 @@ from transformers.utils.chat_template_utils import render_jinja_template
 from transformers.utils.hub import cached_file
 
 from .compat_mono_internvl import check_keywords
+from .image_loading_mono_internvl import prefixed
 from .image_processing_mono_internvl import MonoInternVLImageProcessor, MonoInternVLImagesKwargs, flatten_pictures
 from .prompt_mono_internvl import IMAGE_MARK, check_message_keys, marked_parts, read_messages, read_tools
 from .vocabulary_mono_internvl import (
@@ -652,7 +653,7 @@ class MonoInternVLProcessor(ProcessorMixin):
                 except (OSError, TypeError, ValueError) as error:
                     if len(prompts) == 1:
                         raise
-                    raise _of_prompt(error, number, len(prompts)) from error
+                    raise prefixed(error, f"prompt {number} of {len(prompts)}") from error
                 pixels.append(features["pixel_values"])
                 tokens = [int(tiles) * self.tokens_per_tile for tiles in features["num_tiles"]]
             elif images is not None:
@@ -667,14 +668,15 @@ class MonoInternVLProcessor(ProcessorMixin):
         if not answer_mask:
             data.pop("assistant_masks")
         if options.get("return_mm_token_type_ids"):
-            data["mm_token_type_ids"] = [[int(i == self.image_token_id) for i in row] for row in data["input_ids"]]
+            placeholder = vocabulary.image_token_id
+            data["mm_token_type_ids"] = [[int(i == placeholder) for i in row] for row in data["input_ids"]]
         if options.get("return_attention_mask") is False:
             data.pop("attention_mask")
         if pixels:
             stacked = torch.cat(pixels)
             data["pixel_values"] = self._placed(stacked, options) if return_tensors == "pt" else stacked.numpy()
         inputs = MonoInternVLInputs(data, tensor_type=return_tensors)
-        inputs.image_token_id = self.image_token_id
+        inputs.image_token_id = vocabulary.image_token_id
         return inputs
 
     def share_tiles(self, image_options: dict[str, Any], count: int) -> dict[str, Any]:
@@ -826,9 +828,8 @@ class MonoInternVLProcessor(ProcessorMixin):
         Raises:
             TypeError: an unknown option.
         """
-        names = ("min_tiles", "max_tiles", "use_thumbnail")
         given = {name: value for name, value in kwargs.items() if _is_read(name, value, "_get_num_multimodal_tokens")}
-        options = {name: given[name] for name in names if name in given}
+        options = {name: given[name] for name in _TILE_OPTIONS if name in given}
         if image_sizes is None:
             return MultiModalData()
         tiles = []
@@ -884,12 +885,6 @@ def _expand(
             f"({IMAGE_TOKEN} stands for a picture)"
         )
     return out
-
-
-def _of_prompt(error: Exception, number: int, count: int) -> Exception:
-    """The same kind of error, whose message says which of several prompts it is about."""
-    kinds = (FileNotFoundError, PermissionError, ConnectionError, OSError, TypeError, ValueError)
-    return next(kind for kind in kinds if isinstance(error, kind))(f"prompt {number} of {count}: {error}")
 
 
 def _runs(text: str) -> list[str]:

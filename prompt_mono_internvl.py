@@ -10,7 +10,6 @@ A part is `{"type": "text", "text": str}` or `{"type": "image", "image": source}
 picture that is given elsewhere. Only a string is ever searched for marks, and only where pictures come with it.
 """
 
-import base64
 import binascii
 import dataclasses
 import difflib
@@ -19,6 +18,8 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from transformers.utils.chat_template_utils import get_json_schema
+
+from .image_loading_mono_internvl import decode_base64
 
 
 IMAGE_MARK = "<image>"
@@ -335,8 +336,6 @@ def _decoded(encoded: Any, where: str) -> Any:
     if isinstance(encoded, str) and encoded[:5].lower() == "data:":
         return encoded
     try:
-        text = encoded.decode("ascii") if isinstance(encoded, (bytes, bytearray)) else encoded
-        text = "".join(text.split()).translate({ord("-"): "+", ord("_"): "/"}).rstrip("=")
-        return base64.b64decode(text + "=" * (-len(text) % 4), validate=True)
+        return decode_base64(encoded)
     except (AttributeError, UnicodeError, binascii.Error, ValueError) as error:
         raise ValueError(f"{where}: the 'base64' of an image part is not base64: {error}") from error

@@ -251,31 +251,27 @@ def load_model(
         loaded = MonoInternVLForCausalLM.from_pretrained(base or model, config=config, dtype=chosen)
     if base is not None:
         with _naming(model):
-            loaded = _with_adapter(loaded, model)
+            loaded = with_adapter(loaded, model)
     if loaded.dtype == torch.float16:
         loaded = loaded.to(torch.float32 if place.type == "cpu" else torch.bfloat16)
     return loaded.to(place).eval(), processor  # type: ignore[arg-type]
 
 
-def _with_adapter(model: MonoInternVLForCausalLM, folder: str) -> MonoInternVLForCausalLM:
+def with_adapter(model: MonoInternVLForCausalLM, folder: str) -> MonoInternVLForCausalLM:
     """The model with an adapter's weights merged into its own, so that it runs as fast as without.
 
     Raises:
-        ImportError: PEFT is not installed.
-        ModelError: the adapter does not fit; what is missing or left over is named.
+        ModelError: PEFT is not installed, or the adapter does not fit; what is missing or left over is named.
     """
+    from ..loading_mono_internvl import list_gaps, put_adapter
+
     try:
-        import peft
+        adapted, gaps = put_adapter(model, folder, {})
     except ImportError as error:
         raise ModelError(f"{folder} is a LoRA adapter, which PEFT reads: pip install peft") from error
-    stored = set(peft.utils.load_peft_weights(folder, device="cpu"))
-    adapted = peft.PeftModel.from_pretrained(model, folder)
-    wanted = set(peft.get_peft_model_state_dict(adapted))
-    if stored != wanted:
-        kinds = (("missing", wanted - stored), ("unexpected", stored - wanted))
-        problems = "; ".join(f"{len(names)} {kind}, such as {min(names)}" for kind, names in kinds if names)
+    if problems := list_gaps(gaps):
         raise ModelError(f"{folder} does not fit its base: {problems}")
-    return adapted.merge_and_unload()  # type: ignore[operator]
+    return adapted.merge_and_unload()
 
 
 def check_dtype(dtype: str) -> None:

@@ -1,9 +1,12 @@
 """Shared test helpers: where the golden numbers lie, and a tiny model of our own."""
 
+import io
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
+from PIL import Image
 from safetensors.torch import load_file
 from transformers import AutoTokenizer
 
@@ -98,3 +101,15 @@ def model(processor):
     model = tiny_model(seed=7, text_config={"vocab_size": len(processor.tokenizer)})
     model.config.image_token_id = model.model.config.image_token_id = processor.image_token_id
     return model
+
+
+def noise(width: int, height: int, seed: int = 0) -> Image.Image:
+    """An RGB picture of random pixels."""
+    return Image.fromarray(np.random.default_rng(seed).integers(0, 256, (height, width, 3), dtype=np.uint8))
+
+
+def encoded(image: Image.Image, format: str = "PNG", **options) -> bytes:
+    """The bytes of a picture's file."""
+    buffer = io.BytesIO()
+    image.save(buffer, format, **options)
+    return buffer.getvalue()

@@ -16,17 +16,8 @@ import pytest
 import torch
 from PIL import Image, ImageCms, ImageFile, PngImagePlugin, TiffImagePlugin
 
+from conftest import encoded, noise
 from mono_internvl.image_loading_mono_internvl import at_picture, load_image
-
-
-def noise(width: int, height: int, seed: int = 0) -> Image.Image:
-    return Image.fromarray(np.random.default_rng(seed).integers(0, 256, (height, width, 3), dtype=np.uint8))
-
-
-def encoded(image: Image.Image, format: str = "PNG", **options) -> bytes:
-    buffer = io.BytesIO()
-    image.save(buffer, format, **options)
-    return buffer.getvalue()
 
 
 def same(source, picture: Image.Image, most: int = 0, **options) -> bool:

@@ -20,6 +20,7 @@ import torch
 from PIL import Image, ImageDraw
 from safetensors.torch import load_file
 
+from conftest import encoded, noise
 from mono_internvl.image_processing_mono_internvl import (
     MonoInternVLImageProcessor,
     _candidate_grids,
@@ -34,16 +35,6 @@ GOLDEN = Path(__file__).parent / "golden" / "preprocess"
 GRIDS = json.loads((GOLDEN / "grids.json").read_text())
 PIXELS = json.loads((GOLDEN / "pixel_values.json").read_text())
 TENSORS = load_file(GOLDEN / "pixel_values.safetensors")
-
-
-def noise(width: int, height: int, seed: int = 0) -> Image.Image:
-    return Image.fromarray(np.random.default_rng(seed).integers(0, 256, (height, width, 3), dtype=np.uint8))
-
-
-def encoded(image: Image.Image, format: str = "PNG", **options) -> bytes:
-    buffer = io.BytesIO()
-    image.save(buffer, format, **options)
-    return buffer.getvalue()
 
 
 def pixels(image: Image.Image) -> np.ndarray:

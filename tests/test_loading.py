@@ -18,6 +18,7 @@ from transformers import (
 
 from conftest import golden, tiny_config, tiny_model
 from mono_internvl import MonoInternVLConfig, MonoInternVLForCausalLM
+from mono_internvl.cli.common import with_adapter
 
 
 AUTO_CLASSES = [AutoModel, AutoModelForCausalLM, AutoModelForImageTextToText, AutoModelForMultimodalLM]
@@ -337,6 +338,9 @@ def test_adapters_of_every_kind_are_loaded_whole(tmp_path, options, rows):
     found, right = (m.get_image_features(pixels).pooler_output for m in (loaded, wanted))
     torch.testing.assert_close(torch.cat(list(found)), torch.cat(list(right)))
     assert loaded.get_input_embeddings().weight.shape[0] == known + rows
+    # The command line merges them.
+    merged = with_adapter(MonoInternVLForCausalLM.from_pretrained(tmp_path / "base"), str(tmp_path / "adapter"))
+    torch.testing.assert_close(merged(input_ids=ids).logits, wanted(input_ids=ids).logits, atol=1e-4, rtol=1e-4)
 
 
 def test_adapters_of_an_offloaded_base_lie_where_it_computes(tmp_path):

@@ -7,12 +7,12 @@ import peft.utils.constants
 import pytest
 import torch
 from datasets import Dataset, DatasetDict
-from nano import nano_folder
+from nano import nano_folder, tiny_config
 from peft_tests import test_decoder_models as upstream
 from peft_tests.test_decoder_models import TestDecoderModels as UpstreamDecoderModels
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from mono_internvl import MonoInternVLConfig, MonoInternVLForCausalLM
+from mono_internvl import MonoInternVLForCausalLM
 
 
 # Which layers a method adapts by default stands in tables by the type of the model. Ours has a Llama's names.
@@ -25,23 +25,8 @@ for table_name, table in vars(peft.utils.constants).items():
 def tiny_folder() -> str:
     """A random model; two layers, as those that these tests are written for."""
     tokenizer = AutoTokenizer.from_pretrained(nano_folder())
-    text = {
-        "vocab_size": len(tokenizer),
-        # Wide enough for keys and values of rank 20, which the combined adapters get.
-        "hidden_size": 48,
-        "intermediate_size": 64,
-        "num_hidden_layers": 2,
-        "num_attention_heads": 4,
-        "num_key_value_heads": 2,
-        "max_position_embeddings": 512,
-        "bos_token_id": tokenizer.bos_token_id,
-        "eos_token_id": tokenizer.eos_token_id,
-        "pad_token_id": tokenizer.pad_token_id,
-    }
-    token = tokenizer.convert_tokens_to_ids("<IMG_CONTEXT>")
-    config = MonoInternVLConfig(
-        text_config=text, vision_config={"hidden_size": 16, "image_size": 56}, image_token_id=token
-    )
+    # Wide enough for keys and values of rank 20, which the combined adapters get.
+    config = tiny_config(tokenizer, hidden_size=48)
     torch.manual_seed(0)
     # A name that is the same in every run: it is a part of the tests' ids.
     folder = "tiny-mono-internvl"

@@ -15,11 +15,11 @@ import pytest
 import torch
 import transformers
 from datasets import Dataset, DatasetDict, Features, Image, Sequence, Value
-from nano import nano_folder
+from nano import nano_folder, tiny_config
 from PIL import Image as Pictures
 from transformers import AutoTokenizer, TrainingArguments
 
-from mono_internvl import MonoInternVLConfig, MonoInternVLForCausalLM, MonoInternVLImageProcessor, MonoInternVLProcessor
+from mono_internvl import MonoInternVLForCausalLM, MonoInternVLImageProcessor, MonoInternVLProcessor
 
 
 # By these names upstream knows the models of its tests; a folder of that name is found before the Hub is asked.
@@ -32,23 +32,8 @@ def make_model() -> None:
     if os.path.isdir(OURS):
         return
     tokenizer = AutoTokenizer.from_pretrained(nano_folder())
-    text = {
-        "vocab_size": len(tokenizer),
-        "hidden_size": 32,
-        "intermediate_size": 64,
-        "num_hidden_layers": 2,
-        "num_attention_heads": 4,
-        "num_key_value_heads": 2,
-        "max_position_embeddings": 512,
-        "bos_token_id": tokenizer.bos_token_id,
-        "eos_token_id": tokenizer.eos_token_id,
-        "pad_token_id": tokenizer.pad_token_id,
-    }
-    token = tokenizer.convert_tokens_to_ids("<IMG_CONTEXT>")
     torch.manual_seed(0)
-    model = MonoInternVLForCausalLM(
-        MonoInternVLConfig(text_config=text, vision_config={"hidden_size": 16, "image_size": 56}, image_token_id=token)
-    )
+    model = MonoInternVLForCausalLM(tiny_config(tokenizer))
     images = MonoInternVLImageProcessor(tile_size=56, max_tiles=1)
     processor = MonoInternVLProcessor(images, tokenizer, chat_template=tokenizer.chat_template)
     for name in (OURS, QWEN, GEMMA):
