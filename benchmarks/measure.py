@@ -247,37 +247,6 @@ def captured(function: Callable[[], Any], place: Place) -> Callable[[], Any]:
 # ------------------------------------------------------------------------------------------------------------- tables
 
 
-def print_rows(title: str, rows: list[dict[str, Any]]) -> None:
-    """A table for people."""
-    from rich import box
-    from rich.console import Console
-    from rich.table import Table
-
-    table = Table(title=title, title_justify="left", box=box.SIMPLE_HEAD)
-    for heading, justify in (
-        ("what", "left"),
-        ("against", "left"),
-        ("ratio", "right"),
-        ("IQR", "right"),
-        ("goal", "right"),
-        ("time", "right"),
-        ("note", "left"),
-    ):
-        table.add_column(heading, justify=justify)  # type: ignore[arg-type]
-    for entry in rows:
-        low, high = entry.get("iqr", (None, None))
-        table.add_row(
-            entry["what"],
-            entry.get("against", ""),
-            f"{entry['ratio']:.3f}" if "ratio" in entry else "",
-            "" if low is None else f"{low:.3f} to {high:.3f}",
-            goal_text(entry),
-            readable_seconds(entry["seconds"]) if "seconds" in entry else "",
-            entry.get("note", ""),
-        )
-    Console().print(table)
-
-
 def goal_text(entry: dict[str, Any]) -> str:
     """'<= 1.03 yes': the goal of a row and whether its median meets it."""
     if "at_most" in entry:

@@ -8,7 +8,6 @@ All share the text path's weights, tensor by tensor, so they cost memory once.
 """
 
 from functools import partial
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
@@ -17,6 +16,8 @@ from transformers import InternVLConfig, InternVLForConditionalGeneration, Llama
 from transformers.models.internvl.configuration_internvl import InternVLVisionConfig
 from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
 
+from ..common.models import BUNDLED_MODEL
+from ..common.parameters import released_2b_config
 from ..configuration_mono_internvl import MonoInternVLConfig
 from ..image_processing_mono_internvl import unpatchify
 from ..modeling_mono_internvl import MonoInternVLDecoderLayer, MonoInternVLForCausalLM, RoutingPlan
@@ -26,7 +27,6 @@ from .measure import Place
 PRESETS = ("2b", "nano")
 # (visual, text) tokens of the paper's Table 6.
 PAPER_SIZES = ((768, 256), (1792, 256), (3840, 256))
-_BUNDLED = Path(__file__).resolve().parent.parent
 
 
 def preset_config(preset: str, layers: int | None = None) -> MonoInternVLConfig:
@@ -37,10 +37,7 @@ def preset_config(preset: str, layers: int | None = None) -> MonoInternVLConfig:
     """
     if preset not in PRESETS:
         raise ValueError(f"preset {preset!r} is not one of {', '.join(PRESETS)}")
-    if preset == "2b":
-        config = MonoInternVLConfig(text_config={"num_key_value_heads": 8})
-    else:
-        config = MonoInternVLConfig.from_pretrained(_BUNDLED)
+    config = released_2b_config() if preset == "2b" else MonoInternVLConfig.from_pretrained(BUNDLED_MODEL)
     depth = config.text_config.num_hidden_layers
     if layers is not None:
         if not 1 <= layers <= depth:

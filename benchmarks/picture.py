@@ -7,7 +7,7 @@ from typing import Any
 import matplotlib
 from matplotlib.figure import Figure
 
-from ..cli.common import written_whole
+from ..common.files import written_whole
 
 
 _COLOURS = {"ours": "#0b7285", "dense twin": "#495057", "both experts": "#e8590c", "modular twin": "#862e9c"}

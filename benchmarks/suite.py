@@ -1,7 +1,6 @@
 """All parts in one process: the model is built once, results are written after each part, a budget is kept."""
 
 import gc
-import json
 import logging
 import time
 from collections.abc import Callable
@@ -10,7 +9,7 @@ from typing import Any
 
 import torch
 
-from ..cli.common import written_whole
+from ..common.files import write_json
 from . import PARTS
 from .decode import run_decode, run_serve
 from .load import run_load
@@ -94,12 +93,12 @@ def run_parts(
         result["wall_seconds"] = round(time.perf_counter() - started, 1)
         report["parts"][part] = result
         if out is not None:
-            write_json(report, out)
+            write_json(out, report, indent=1)
         on_part(part, result)
         _clean(place)
     report["wall_seconds"] = round(time.perf_counter() - begin, 1)
     if out is not None:
-        write_json(report, out)
+        write_json(out, report, indent=1)
     return report
 
 
@@ -129,8 +128,3 @@ def _clean(place: Place) -> None:
     torch._dynamo.reset()
     gc.collect()
     place.release()
-
-
-def write_json(report: dict[str, Any], path: Path) -> None:
-    with written_whole(path) as temporary:
-        temporary.write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")

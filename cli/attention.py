@@ -17,11 +17,8 @@ from .common import (
     MaxTilesOption,
     ModelOption,
     check_dtype,
-    check_picture_output,
     load_model,
-    resolve_model,
     status,
-    written_whole,
 )
 
 
@@ -49,7 +46,6 @@ def attention(
     mono-internvl attention plate.png "What color is the star?" -o attention.png
     """
     check_dtype(dtype)
-    check_picture_output(out)
     chosen = parse_layers(layers)
     if not question.strip():
         raise typer.BadParameter("the question is empty", param_hint="QUESTION")
@@ -57,9 +53,13 @@ def attention(
         raise typer.BadParameter(
             f"{question} names a file; the question comes after one picture", param_hint="QUESTION"
         )
-    image = load_picture(picture, max_pixels)
-    from ..evaluation.attention import collect_attention, draw_attention
+    with status("loading"):
+        from mono_internvl.common.files import check_picture_output, written_whole
+        from mono_internvl.common.models import resolve_model
+        from mono_internvl.evaluation.attention import collect_attention, draw_attention
 
+        check_picture_output(out)
+        image = load_picture(picture, max_pixels)
     loaded, processor = load_model(resolve_model(model), device=device, dtype=dtype, image_token_id=image_token_id)
     processor.image_processor.max_pixels = max_pixels
     depth = loaded.config.text_config.num_hidden_layers

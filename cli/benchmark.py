@@ -9,10 +9,14 @@ from typing import Annotated, Any
 
 import typer
 
-from ..benchmarks import PARTS
-from .common import check_output, note
+from .common import note
 
 
+# `mono_internvl.benchmarks.PARTS`.
+PARTS = (
+    *("preprocess", "routing", "prefill", "ttft", "decode", "serve", "scaling"),
+    *("train", "packing", "memory", "loading", "load"),
+)
 _PICTURES = (".png", ".svg", ".pdf")
 
 
@@ -43,8 +47,8 @@ def benchmark(
         _draw_again(json_file, picture)
         return
 
-    from ..benchmarks.measure import choose_place, print_rows
-    from ..benchmarks.suite import run_parts
+    from mono_internvl.benchmarks.measure import choose_place
+    from mono_internvl.benchmarks.suite import run_parts
 
     to_stdout = json_file is not None and str(json_file) == "-"
 
@@ -54,7 +58,7 @@ def benchmark(
         for way, reason in result.get("not_run", {}).items():
             note(f"{name}, {way} not run: {reason}")
         if result["rows"] and not to_stdout:
-            print_rows(f"{name} ({result['wall_seconds']:.0f} s)", result["rows"])
+            _print_rows(f"{name} ({result['wall_seconds']:.0f} s)", result["rows"])
 
     report = run_parts(
         choose_place(device),
@@ -84,30 +88,70 @@ def _check(parts: list[str], json_file: Path | None, picture: Path | None) -> bo
     drawing_only = parts == ["picture"]
     if drawing_only and (json_file is None or picture is None):
         raise typer.BadParameter("picture needs --json FILE (a report) and --picture FILE (what to write)")
+    if picture is not None and not {"all", "prefill", "picture"} & set(parts):
+        raise typer.BadParameter("it is drawn from the part prefill, which is not asked for", param_hint="--picture")
+    from mono_internvl.common.files import check_output
+
     if json_file is not None and str(json_file) != "-" and not drawing_only:
         check_output(json_file)
     if picture is not None:
         if picture.suffix.lower() not in _PICTURES:
             raise ValueError(f"{picture} cannot be written: the picture's name must end in {', '.join(_PICTURES)}")
         check_output(picture)
-        if not {"all", "prefill", "picture"} & set(parts):
-            raise typer.BadParameter(
-                "it is drawn from the part prefill, which is not asked for", param_hint="--picture"
-            )
         if find_spec("matplotlib") is None:
             raise ImportError("drawing needs matplotlib: pip install 'mono-internvl[eval]'")
     return drawing_only
 
 
 def _draw_again(report: Path, picture: Path) -> None:
+    from mono_internvl.common.files import read_json
+
+    no_report = f"{report} is no report of mono-internvl benchmark"
     try:
-        _draw(json.loads(report.read_text(encoding="utf-8")), picture)
-    except (json.JSONDecodeError, KeyError, TypeError, AttributeError) as error:
-        raise ValueError(f"{report} is no report of mono-internvl benchmark: {error!r}") from error
+        content = read_json(report)
+    except ValueError as error:
+        raise ValueError(f"{no_report}: {error}") from error
+    try:
+        _draw(content, picture)
+    except (KeyError, TypeError, AttributeError) as error:
+        raise ValueError(f"{no_report}: {error!r}") from error
 
 
 def _draw(report: dict[str, Any], path: Path) -> None:
-    from ..benchmarks.picture import save
+    from mono_internvl.benchmarks.picture import save
 
     save(report, path)
     note(f"wrote {path}")
+
+
+def _print_rows(title: str, rows: list[dict[str, Any]]) -> None:
+    """A table for people."""
+    from rich import box
+    from rich.console import Console
+    from rich.table import Table
+
+    from mono_internvl.benchmarks.measure import goal_text, readable_seconds
+
+    table = Table(title=title, title_justify="left", box=box.SIMPLE_HEAD)
+    for heading, justify in (
+        ("what", "left"),
+        ("against", "left"),
+        ("ratio", "right"),
+        ("IQR", "right"),
+        ("goal", "right"),
+        ("time", "right"),
+        ("note", "left"),
+    ):
+        table.add_column(heading, justify=justify)  # type: ignore[arg-type]
+    for entry in rows:
+        low, high = entry.get("iqr", (None, None))
+        table.add_row(
+            entry["what"],
+            entry.get("against", ""),
+            f"{entry['ratio']:.3f}" if "ratio" in entry else "",
+            "" if low is None else f"{low:.3f} to {high:.3f}",
+            goal_text(entry),
+            readable_seconds(entry["seconds"]) if "seconds" in entry else "",
+            entry.get("note", ""),
+        )
+    Console().print(table)

@@ -23,23 +23,17 @@ from .common import (
     MaxTilesOption,
     ModelOption,
     check_dtype,
-    check_picture_output,
-    font,
     load_model,
     note,
     one_line,
     report,
-    resolve_model,
     status,
     user_errors,
-    written_whole,
 )
 
 
 if TYPE_CHECKING:
     from PIL import Image
-
-    from ..processing_mono_internvl import GroundedBox
 
 
 # What people hand to a model that sees: a name that ends so was meant as a file, with spaces in it or not.
@@ -54,7 +48,6 @@ _FILE_WORD = re.compile(
     re.IGNORECASE,
 )
 _HELP = "/image PATH adds a picture to the next question, /reset starts anew, /quit or Ctrl-D ends"
-_BOX_COLORS = ("#ff4d4f", "#36cfc9", "#ffc53d", "#9254de", "#73d13d", "#4096ff")
 
 
 def chat(
@@ -115,17 +108,20 @@ def chat(
     interactive = prompt is None and sys.stdin.isatty()
     if draw is not None and interactive:
         raise typer.BadParameter("it needs a prompt", param_hint="--draw")
-    if draw is not None:
-        check_picture_output(draw)
     with status("loading"):
+        from mono_internvl.common.drawing import draw_boxes
+        from mono_internvl.common.files import check_picture_output, written_whole
+        from mono_internvl.common.models import resolve_model
+        from mono_internvl.modeling_mono_internvl import place_images
+
+        if draw is not None:
+            check_picture_output(draw)
         pictures = [_load_named(name, max_pixels) for name in names]
     if prompt is None and not interactive:
         prompt = _read_prompt()
     if prompt is not None and not prompt.strip():
         raise ValueError("the prompt is empty; ask something")
     if prompt is not None and pictures and not literal:
-        from ..modeling_mono_internvl import place_images
-
         try:
             place_images(prompt, len(pictures))
         except ValueError as error:
@@ -239,7 +235,7 @@ def _load_named(name: str, max_pixels: int) -> Image.Image:
 
 def load_picture(name: str, max_pixels: int) -> Image.Image:
     """The RGB picture of a file or URL; errors name it."""
-    from ..image_processing_mono_internvl import load_image
+    from mono_internvl.image_processing_mono_internvl import load_image
 
     return load_image(name, max_pixels=max_pixels)
 
@@ -337,31 +333,3 @@ def _read_line() -> str:
     # stdout is for answers.
     typer.echo("> ", nl=False, err=True)
     return input()
-
-
-def draw_boxes(picture: Image.Image, boxes: list[GroundedBox]) -> Image.Image:
-    """A copy of an RGB picture with labelled boxes; line and letters follow its size."""
-    from PIL import ImageDraw
-
-    drawn = picture.copy()
-    canvas = ImageDraw.Draw(drawn)
-    width, height = picture.size
-    line = max(2, round(min(width, height) / 160))
-    size = max(12, min(48, round(min(width, height) / 22)))
-    pad = max(2, size // 4)
-    for i, (label, box) in enumerate(boxes):
-        color = _BOX_COLORS[i % len(_BOX_COLORS)]
-        x1, x2 = sorted(min(max(x, 0), width - 1) for x in (box[0], box[2]))
-        y1, y2 = sorted(min(max(y, 0), height - 1) for y in (box[1], box[3]))
-        canvas.rectangle((x1, y1, x2, y2), outline=color, width=line)
-        if not label:
-            continue
-        letters = font(size, label)
-        left, top, right, bottom = canvas.textbbox((0, 0), label, font=letters)
-        tag_width, tag_height = right - left + 2 * pad, bottom - top + 2 * pad
-        # Above the box, or inside it where there is no room above; never outside the picture.
-        x = max(0, min(x1, width - tag_width))
-        y = y1 - tag_height if y1 >= tag_height else min(y1, max(0, height - tag_height))
-        canvas.rectangle((x, y, x + tag_width, y + tag_height), fill=color)
-        canvas.text((x + pad - left, y + pad - top), label, font=letters, fill="black")
-    return drawn

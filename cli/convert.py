@@ -13,12 +13,14 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from .common import ImageTokenOption, note, quiet_libraries, stderr_console
-from .inspect import readable_bytes
 
 
 if TYPE_CHECKING:
-    from ..conversion import Report
+    from mono_internvl.conversion import Report
 
+
+# `mono_internvl.conversion.convert.LAYOUTS`.
+LAYOUTS = ("official", "native")
 
 DestinationArgument = Annotated[Path, typer.Argument(metavar="DST", help="folder to make")]
 ShardOption = Annotated[str, typer.Option(metavar="SIZE", help="most bytes of a weight file, such as 2GB or 500MB")]
@@ -35,7 +37,7 @@ DryRunOption = Annotated[bool, typer.Option("--dry-run", help="with --push-to-hu
 def convert(
     source: Annotated[str, typer.Argument(metavar="SRC", help="folder or Hub id of a Mono-InternVL")],
     destination: Annotated[Path | None, typer.Argument(metavar="[DST]", help="folder to make")] = None,
-    to: Annotated[str | None, typer.Option(metavar="LAYOUT", help="official or native")] = None,
+    to: Annotated[str | None, typer.Option(metavar="LAYOUT", help=" or ".join(LAYOUTS))] = None,
     check: Annotated[bool, typer.Option("--check", help="compare SRC's weight files with its conversion.json")] = False,
     image_token_id: ImageTokenOption = None,
     max_shard_size: ShardOption = "1GB",
@@ -60,9 +62,9 @@ def convert(
             raise typer.BadParameter("is missing: say where to write", param_hint="DST")
         publish(Path(source).expanduser(), push_to_hub, private, revision, dry_run)
     else:
-        from ..conversion.convert import LAYOUTS, convert_checkpoint
-
         one_of(to, LAYOUTS, "--to")
+        from mono_internvl.conversion import convert_checkpoint
+
         quiet_libraries()
         with byte_bar("converting") as progress:
             report = convert_checkpoint(
@@ -80,7 +82,7 @@ def convert(
 
 
 def _check(folder: str) -> None:
-    from ..conversion import check_checkpoint
+    from mono_internvl.conversion import check_checkpoint
 
     with byte_bar("hashing") as progress:
         count = check_checkpoint(Path(folder).expanduser(), progress)
@@ -120,6 +122,8 @@ def byte_bar(what: str) -> Iterator[Callable[[int, int], None]]:
 
 def show(report: Report) -> None:
     """What was made on stdout, how long it took on stderr."""
+    from mono_internvl.common.messages import readable_bytes
+
     size = f"{report.tensors} tensors, {readable_bytes(report.nbytes)} in {report.shards} file"
     typer.echo(f"{report.folder}: {size}{'s' if report.shards > 1 else ''}")
     seconds = f"written in {report.writing_seconds:.1f} s"
@@ -139,7 +143,8 @@ def publish(folder: Path, repo: str | None, private: bool, revision: str | None,
     """Show what goes up; upload it unless it is a dry run."""
     if repo is None:
         return
-    from ..conversion.publish import files_to_publish, publish_checkpoint
+    from mono_internvl.common.messages import readable_bytes
+    from mono_internvl.conversion.publish import files_to_publish, publish_checkpoint
 
     files = files_to_publish(folder)
     for name, size in files.items():

@@ -17,7 +17,7 @@ from .common import (
     check_dtype,
     load_model,
     note,
-    resolve_model,
+    status,
 )
 
 
@@ -34,8 +34,10 @@ def demo(
     check_dtype(dtype)
     # Asked before gradio is imported: the page works without a network and sends nothing.
     os.environ.setdefault("GRADIO_ANALYTICS_ENABLED", "False")
+    with status("loading"):
+        from mono_internvl.common.models import resolve_model
+        from mono_internvl.serving.demo import build_page, launch_page
     folder = resolve_model(model)
-    from ..serving.demo import build_page, launch_page
 
     loaded, processor = load_model(folder, device=device, dtype=dtype, image_token_id=image_token_id)
     processor.image_processor.max_pixels = max_pixels

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from itertools import chain
 from pathlib import Path
 from typing import Annotated
@@ -16,12 +15,10 @@ from .common import (
     MaxTilesOption,
     ModelOption,
     check_dtype,
-    check_output,
     load_model,
     note,
     progress_bar,
-    resolve_model,
-    written_whole,
+    status,
 )
 
 
@@ -42,11 +39,14 @@ def evaluate(
 ) -> None:
     """Ask a model about plain shapes and numbers; print what it gets right."""
     check_dtype(dtype)
+    with status("loading"):
+        from mono_internvl.common.files import check_output, write_json
+        from mono_internvl.common.models import resolve_model
+        from mono_internvl.evaluation.plates import evaluate as answer_all
+        from mono_internvl.plates.evaluation_pictures import BOXES, evaluation_set
     if out is not None:
         check_output(out)
     folder = resolve_model(model)
-    from ..evaluation.plates import evaluate as answer_all
-    from ..plates.evaluation_pictures import BOXES, evaluation_set
 
     loaded, processor = load_model(folder, device=device, dtype=dtype, image_token_id=image_token_id)
     examples = chain(evaluation_set(count, seed), evaluation_set(boxes, seed, BOXES))
@@ -70,10 +70,8 @@ def evaluate(
         )
     note(f"{asked} questions in {results.seconds:.1f} s, {asked / results.seconds:.1f} a second")
     if out is not None:
-        with written_whole(out) as temporary:
-            settings = {"model": model or "bundled nano", "count": count, "boxes": boxes, "seed": seed}
-            text = json.dumps({**settings, **results.to_dict()}, indent=1, ensure_ascii=False)
-            temporary.write_text(text + "\n", encoding="utf-8")
+        settings = {"model": model or "bundled nano", "count": count, "boxes": boxes, "seed": seed}
+        write_json(out, {**settings, **results.to_dict()}, indent=1)
         note(f"written to {out}")
 
 

@@ -6,7 +6,7 @@ from typing import Annotated
 
 import typer
 
-from .common import quiet_libraries
+from .common import check_dtype, quiet_libraries
 from .convert import (
     BaseModelOption,
     DestinationArgument,
@@ -22,6 +22,10 @@ from .convert import (
     publish,
     show,
 )
+
+
+# `mono_internvl.configuration_mono_internvl.VISUAL_ATTENTION_EXPERTS`.
+VISUAL_ATTENTION_EXPERTS = ("none", "qkv", "qkvo")
 
 
 def expand(
@@ -47,12 +51,10 @@ def expand(
     An interrupted run is gone on with by the same command.
     """
     check_publishing(push_to_hub, private, revision, dry_run)
-    from ..configuration_mono_internvl import VISUAL_ATTENTION_EXPERTS
-    from ..conversion.expand import DTYPES, expand_checkpoint
-
     one_of(visual_attention_experts, VISUAL_ATTENTION_EXPERTS, "--visual-attention-experts")
-    if dtype != "float16":  # refused with its reason
-        one_of(dtype, tuple(DTYPES), "--dtype")
+    check_dtype(dtype)
+    from mono_internvl.conversion import expand_checkpoint
+
     quiet_libraries()
     with byte_bar("expanding") as progress:
         report = expand_checkpoint(

@@ -8,66 +8,11 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from .common import load_config, resolve_model, status
+from .common import quiet_libraries, status
 
 
 if TYPE_CHECKING:
-    from torch import nn
-
-    from ..configuration_mono_internvl import MonoInternVLConfig
-
-
-# (group, parts of a parameter's name that belong to it); the first row that fits counts.
-_GROUPS = (
-    ("token embedding", ("embed_tokens.",)),
-    ("output head", ("lm_head.",)),
-    ("visual attention experts", (".self_attn.visual_",)),
-    ("attention", (".self_attn.",)),
-    ("text FFN (T-experts)", (".mlp.",)),
-    ("visual FFN (V-experts)", (".visual_mlp.",)),
-    ("norms", ("layernorm.", "norm.weight")),
-    ("patch embedding + positions", ("vision_embeddings.",)),
-    ("projector MLP", ("multi_modal_projector.",)),
-)
-# What runs for a text token: all there is to read when an answer is decoded.
-TEXT_PATH = ("token embedding", "output head", "attention", "text FFN (T-experts)", "norms")
-
-
-def parameter_groups(model: nn.Module) -> dict[str, int]:
-    """Weights of a model by group, the meta device included; tied matrices count once, the unused class row too.
-
-    Raises:
-        ValueError: a parameter belongs to no group.
-    """
-    counts = dict.fromkeys([name for name, _ in _GROUPS], 0)
-    class_rows = [(name, buffer) for name, buffer in model.named_buffers() if name.endswith("class_embedding")]
-    for name, tensor in [*model.named_parameters(), *class_rows]:
-        # The projector's LayerNorm is the projector's; norms are the decoder's.
-        vision = "multi_modal_projector." in name or "vision_embeddings." in name
-        rows = _GROUPS[-2:] if vision else _GROUPS[:-2]
-        group = next((group for group, parts in rows if any(part in f".{name}" for part in parts)), None)
-        if group is None:
-            raise ValueError(f"the parameter {name} belongs to no known group")
-        counts[group] += tensor.numel()
-    return {group: count for group, count in counts.items() if count or "experts" not in group}
-
-
-def released_2b_config() -> MonoInternVLConfig:
-    """The dimensions of OpenGVLab/Mono-InternVL-2B."""
-    from ..configuration_mono_internvl import MonoInternVLConfig
-
-    return MonoInternVLConfig(text_config={"num_key_value_heads": 8}, dtype="bfloat16")
-
-
-def build_on_meta(config: MonoInternVLConfig) -> nn.Module:
-    """The module tree of a configuration, without memory for its weights."""
-    import torch
-
-    from ..modeling_mono_internvl import MonoInternVLForCausalLM
-
-    config.text_config.drop_path_rate = 0.0  # has no weights, and would ask for timm
-    with torch.device("meta"):
-        return MonoInternVLForCausalLM(config)
+    from mono_internvl.configuration_mono_internvl import MonoInternVLConfig
 
 
 def inspect(
@@ -76,6 +21,10 @@ def inspect(
 ) -> None:
     """Show a model's sizes by group; weights are not read."""
     with status("counting"):
+        from mono_internvl.common.models import load_config, resolve_model
+        from mono_internvl.common.parameters import released_2b_config
+
+        quiet_libraries()
         config = released_2b_config() if model == "2b" else load_config(resolve_model(model))
         facts = describe(config)
     if as_json:
@@ -88,8 +37,10 @@ def describe(config: MonoInternVLConfig) -> dict[str, Any]:
     """Counts and dimensions as plain values: dtype, bytes_per_parameter, groups, total, text_path, config."""
     import torch
 
+    from mono_internvl.common.parameters import TEXT_PATH, build_on_meta, count_by_part
+
     text, vision = config.text_config, config.vision_config
-    groups = parameter_groups(build_on_meta(config))
+    groups = count_by_part(build_on_meta(config))
     dtype = config.dtype if isinstance(config.dtype, torch.dtype) else torch.bfloat16
     return {
         "dtype": str(dtype).removeprefix("torch."),
@@ -118,6 +69,8 @@ def _print_tables(name: str, facts: dict[str, Any]) -> None:
     from rich import box
     from rich.console import Console
     from rich.table import Table
+
+    from mono_internvl.common.messages import readable_bytes
 
     console = Console()
     total, width = facts["total"], facts["bytes_per_parameter"]
@@ -150,13 +103,3 @@ def _print_tables(name: str, facts: dict[str, Any]) -> None:
     for label, value in lines:
         details.add_row(label, value)
     console.print(details)
-
-
-def readable_bytes(count: int) -> str:
-    """1_234_567 -> '1.23 MB'; powers of 1000."""
-    size = float(count)
-    for unit in ("B", "kB", "MB", "GB"):
-        if size < 1000 or unit == "GB":
-            break
-        size /= 1000
-    return f"{size:.0f} B" if unit == "B" else f"{size:.2f} {unit}"

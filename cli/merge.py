@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from .common import ModelError, base_of_adapter, load_model, note, resolve_model, status
+from .common import check_dtype, load_model, note, status
 
 
 def merge(
@@ -16,21 +16,20 @@ def merge(
     dtype: Annotated[str, typer.Option(metavar="DTYPE", help="auto (the base's), bfloat16, float32")] = "auto",
 ) -> None:
     """Add a LoRA adapter's weights to its base's and write the whole model."""
+    check_dtype(dtype)
+    with status("loading"):
+        from mono_internvl.common.models import DTYPES, ModelError, base_of_adapter, load_config, resolve_model
     folder = resolve_model(adapter)
     base = base_of_adapter(folder)
     if base is None:
         raise ModelError(f"{adapter} is not a LoRA folder: it has no adapter_config.json")
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise FileExistsError(f"{out} exists and is not an empty folder")
-    from ..configuration_mono_internvl import MonoInternVLConfig
-
-    stored = MonoInternVLConfig.from_pretrained(base).dtype if dtype == "auto" else None
+    stored = DTYPES[dtype] or load_config(base).dtype
     # Added in float32, rounded once.
     model, processor = load_model(folder, device="cpu", dtype="float32")
     with status("writing"):
         model = model.to(stored) if stored is not None else model  # type: ignore[arg-type]
-        if dtype == "bfloat16":
-            model = model.bfloat16()
         model.save_pretrained(out)
         processor.save_pretrained(out)
     note(f"{folder} merged into {base}, written to {out}")

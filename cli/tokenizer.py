@@ -25,7 +25,7 @@ def tokenizer(
         raise ValueError(f"{out} is a file; OUT is a folder")
     if target.exists() and not force:
         raise FileExistsError(f"{target} exists; --force overwrites it")
-    from ..tokenization import convert_tokenizer
+    from mono_internvl.tokenization import convert_tokenizer
 
     with progress_bar("pieces") as update:
         built = convert_tokenizer(model_file, out, progress=update)

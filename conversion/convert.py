@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 
+from ..common.files import read_json
 from ..configuration_mono_internvl import MonoInternVLConfig
 from ..image_processing_mono_internvl import MonoInternVLImageProcessor
 from ..processing_mono_internvl import MonoInternVLProcessor, load_image_processor
@@ -22,7 +23,7 @@ from .files import (
 )
 from .job import Job, Report
 from .plan import EMBEDDING, layout_name, plan_native, plan_official
-from .source import MONO_INTERNVL, Checkpoint, encoder_tensor, find_source, read_json, vision_kind
+from .source import MONO_INTERNVL, Checkpoint, encoder_tensor, find_source, vision_kind
 from .verify import Differences, NativeView, compare_layouts
 from .writer import Progress, check_destination, expand_user, parse_size, write_json
 

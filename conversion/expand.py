@@ -17,6 +17,8 @@ from typing import Any
 
 import torch
 
+from ..common.files import read_json
+from ..common.models import DTYPES, check_dtype
 from ..configuration_mono_internvl import VISUAL_ATTENTION_EXPERTS, MonoInternVLConfig
 from .files import (
     Extended,
@@ -28,13 +30,12 @@ from .files import (
 )
 from .job import Job, Report
 from .plan import EMBEDDING, layout_name, plan_expansion, recipe
-from .source import Checkpoint, encoder_tensor, find_source, read_json, vision_kind
+from .source import Checkpoint, encoder_tensor, find_source, vision_kind
 from .verify import Differences, NativeView, compare_expansion
 from .writer import Progress, check_destination, expand_user, parse_size
 
 
 DENSE_LAYOUTS = {"InternLM2ForCausalLM": "internlm2", "InternLM3ForCausalLM": "llama", "LlamaForCausalLM": "llama"}
-DTYPES = {"auto": None, "bfloat16": torch.bfloat16, "float32": torch.float32}
 _REQUIRED = (
     "vocab_size",
     "hidden_size",
@@ -102,9 +103,7 @@ def expand_checkpoint(
         ValueError: a source that is not such a decoder, damaged files, wrong tensors, bad options; named.
     """
     dtype = str(dtype).removeprefix("torch.")
-    if dtype not in DTYPES:
-        hint = " (activations overflow to NaN in it)" if dtype == "float16" else ""
-        raise ValueError(f"dtype={dtype!r} is not one of {', '.join(DTYPES)}{hint}")
+    check_dtype(dtype)
     if visual_attention_experts not in VISUAL_ATTENTION_EXPERTS:
         raise ValueError(
             f"visual_attention_experts={visual_attention_experts!r} is not one of {', '.join(VISUAL_ATTENTION_EXPERTS)}"

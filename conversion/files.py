@@ -17,7 +17,9 @@ from tokenizers import AddedToken, Tokenizer
 from transformers import GenerationConfig, PreTrainedTokenizerFast
 from transformers.dynamic_module_utils import get_relative_import_files
 
-from ..cli.inspect import build_on_meta, parameter_groups, readable_bytes
+from ..common.files import read_json
+from ..common.messages import readable_bytes
+from ..common.parameters import build_on_meta, count_by_part
 from ..configuration_mono_internvl import AUTO_MAP, MonoInternVLConfig
 from ..image_processing_mono_internvl import MonoInternVLImageProcessor
 from ..processing_mono_internvl import MonoInternVLProcessor
@@ -25,7 +27,7 @@ from ..tokenization import read_sentencepiece_model, tokenizer_of_model_file
 from ..tokenization.added_tokens import add_tokens, fill_with_reserved, read_added_tokens, read_roles
 from ..tokenization.internlm2 import ADDED_TOKENS
 from .plan import Plan
-from .source import Checkpoint, Origin, read_json
+from .source import Checkpoint, Origin
 from .writer import MANIFEST, write_json
 
 
@@ -272,7 +274,7 @@ def copy_licences(source: Path, folder: Path) -> None:
 def make_tokenizer_config_portable(folder: Path) -> None:
     """Class and key names of transformers 4, which the engines that read the official layout use; 5 knows both."""
     path = folder / "tokenizer_config.json"
-    content = json.loads(path.read_text(encoding="utf-8"))
+    content = read_json(path)
     content["tokenizer_class"] = "PreTrainedTokenizerFast"
     if "extra_special_tokens" in content:
         content["additional_special_tokens"] = content.pop("extra_special_tokens")
@@ -311,13 +313,13 @@ def write_model_card(
         base_model_relation="finetune" if base else None,
         tags=TAGS,
     )
-    groups = parameter_groups(build_on_meta(config))
+    groups = count_by_part(build_on_meta(config))
     width = plan.nbytes / max(sum(groups.values()), 1)
     rows = [f"| {name} | {count:,} | {readable_bytes(round(count * width))} |" for name, count in groups.items()]
     total = sum(groups.values())
     made_from = f"[{base}](https://huggingface.co/{base})" if base else f"`{origin.name}`"
     commit = f" (commit `{origin.commit}`)" if origin.commit else ""
-    official = json.loads((folder / "config.json").read_text(encoding="utf-8")).get("model_type") == "internvl_chat"
+    official = read_json(folder / "config.json").get("model_type") == "internvl_chat"
     loading = _LOAD_OFFICIAL if official else _LOAD_NATIVE
     licences = (
         f"The weights come from {made_from}, whose card says `license: {licence}`."

@@ -17,7 +17,7 @@ from dataclasses import dataclass
 
 import torch
 
-from ..cli.inspect import build_on_meta
+from ..common.parameters import build_on_meta
 from ..configuration_mono_internvl import MonoInternVLConfig
 from ..weight_mapping_mono_internvl import RENAMINGS, grouped_rows, merge_grouped_qkv, split_grouped_qkv
 from .source import Checkpoint

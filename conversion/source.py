@@ -21,7 +21,7 @@ from typing import Any, NamedTuple
 import torch
 from safetensors import SafetensorError, safe_open
 
-from ..tokenization.added_tokens import read_json
+from ..common.files import read_json
 
 
 logger = logging.getLogger(__name__)

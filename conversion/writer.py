@@ -29,8 +29,9 @@ from typing import Any
 import torch
 from filelock import FileLock, Timeout
 
+from ..common.files import read_json
 from .plan import Output, Plan, produce
-from .source import SAFETENSORS_DTYPES, Checkpoint, read_json
+from .source import SAFETENSORS_DTYPES, Checkpoint
 
 
 logger = logging.getLogger(__name__)
@@ -276,7 +277,7 @@ def _fsync(path: Path) -> None:
 
 
 def write_json(path: Path, content: Any) -> None:
-    """To a temporary name, synced, then renamed."""
+    """As `common.files` does, but synced, and under a temporary name that the next run writes anew."""
     temporary = path.with_name(path.name + ".part")
     with naming(temporary):
         temporary.write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")

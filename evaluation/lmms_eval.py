@@ -16,7 +16,7 @@ from lmms_eval.models.registry_v2 import ModelManifest
 from lmms_eval.protocol import ChatMessages
 from tqdm import tqdm
 
-from ..cli.common import load_model, resolve_model
+from ..common.models import load_model, resolve_model
 from .settings import Parts, ask, paper_parts
 
 

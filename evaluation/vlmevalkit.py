@@ -20,7 +20,7 @@ from vlmeval.config import supported_VLM
 from vlmeval.dataset import DATASET_MODALITY, DATASET_TYPE
 from vlmeval.vlm.base import BaseModel
 
-from ..cli.common import load_model, resolve_model
+from ..common.models import load_model, resolve_model
 from .settings import CHOICE, SHORT, Parts, ask, choice_ending, setting_for
 
 

@@ -15,9 +15,9 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 from PIL import Image
 
-from ..cli.chat import draw_boxes
-from ..cli.common import one_line
-from ..cli.tiles import cut, draw_tiling
+from ..common.drawing import draw_boxes
+from ..common.messages import one_line
+from ..common.tiling import cut, draw_tiling
 from ..image_processing_mono_internvl import load_image
 from ..modeling_mono_internvl import MonoInternVLForCausalLM, place_images
 from ..processing_mono_internvl import MonoInternVLProcessor

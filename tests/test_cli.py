@@ -1,5 +1,7 @@
 """The command line, on tiny random models: what it prints where, and what it says about bad input."""
 
+import ast
+import dataclasses
 import json
 import os
 import pickle
@@ -18,17 +20,26 @@ from mono_internvl import (
     MonoInternVLForCausalLM,
     MonoInternVLImageProcessor,
     MonoInternVLProcessor,
+    benchmarks,
 )
 from mono_internvl.cli import app, common
-from mono_internvl.cli.chat import converse, draw_boxes, split_words
-from mono_internvl.cli.inspect import TEXT_PATH, parameter_groups
-from mono_internvl.cli.tiles import MAX_WIDTH, cut, draw_tiling
+from mono_internvl.cli.chat import converse, split_words
+from mono_internvl.common import messages, models
+from mono_internvl.common.drawing import draw_boxes
+from mono_internvl.common.parameters import GROUPS, PARTS, TEXT_PATH, count_by_part, part_of
+from mono_internvl.common.tiling import MAX_WIDTH, cut, draw_tiling
+from mono_internvl.configuration_mono_internvl import VISUAL_ATTENTION_EXPERTS
+from mono_internvl.conversion.convert import LAYOUTS
 from mono_internvl.evaluation import plates
+from mono_internvl.image_loading_mono_internvl import DEFAULT_MAX_PIXELS
 from mono_internvl.processing_mono_internvl import GroundedBox
+from mono_internvl.training import stages
 
 
 # The package's attributes of these names are the commands.
-chat_module = sys.modules["mono_internvl.cli.chat"]
+benchmark_module, chat_module, convert_module, expand_module, train_module = (
+    sys.modules[f"mono_internvl.cli.{name}"] for name in ("benchmark", "chat", "convert", "expand", "train")
+)
 needs_nano = pytest.mark.skipif(
     not (ROOT / "model.safetensors").exists(), reason="the nano's model.safetensors is not in the repository yet"
 )
@@ -86,6 +97,35 @@ def test_help_does_not_wait_for_torch():
         assert command in done.stdout
 
 
+def test_what_the_commands_repeat_is_the_librarys():
+    assert tuple(models.DTYPES) == common.DTYPES
+    assert models.FLOAT16 == common.FLOAT16
+    assert common.DEFAULT_MAX_PIXELS == DEFAULT_MAX_PIXELS
+    assert benchmark_module.PARTS == benchmarks.PARTS
+    assert convert_module.LAYOUTS == LAYOUTS
+    assert expand_module.VISUAL_ATTENTION_EXPERTS == VISUAL_ATTENTION_EXPERTS
+    assert tuple(field.name for field in dataclasses.fields(stages.Stage)) == train_module.KEYS
+    assert train_module.recipe_names() == stages.recipe_names() != []
+    for error in (ValueError("two\n  lines"), KeyError(), MemoryError(), MemoryError("full"), OSError("long " * 500)):
+        assert common.one_line(error) == messages.one_line(error)
+
+
+def test_the_library_does_not_know_its_command_line():
+    for file in ROOT.rglob("*.py"):
+        room = file.relative_to(ROOT).parts[0]
+        if room in ("cli", "tests", "build", "__main__.py") or room.startswith("."):
+            continue
+        for node in ast.walk(ast.parse(file.read_text(encoding="utf-8"))):
+            imported = [alias.name for alias in node.names] if isinstance(node, (ast.Import, ast.ImportFrom)) else []
+            imported += [node.module or ""] if isinstance(node, ast.ImportFrom) else []
+            assert not any({"cli", "mono_internvl.cli"} & set(name.split(".")) for name in imported), file
+
+
+def test_an_import_that_fails_is_one_line(monkeypatch):
+    monkeypatch.setitem(sys.modules, "mono_internvl.common.models", None)
+    assert "mono_internvl.common.models" in failure("chat", "Hi")
+
+
 def test_python_m_runs_the_commands(tmp_path):
     done = subprocess.run(
         [sys.executable, "-m", "mono_internvl", "chat", "missing.png", "What?"],
@@ -107,9 +147,9 @@ def test_wrong_usage_is_status_2(arguments):
 
 def test_debug_raises(tmp_path):
     result = run("--debug", "inspect", tmp_path / "none")
-    assert isinstance(result.exception, common.ModelError)
+    assert isinstance(result.exception, models.ModelError)
     result = run("inspect", tmp_path / "none", env={"MONO_INTERNVL_DEBUG": "1"})
-    assert isinstance(result.exception, common.ModelError)
+    assert isinstance(result.exception, models.ModelError)
 
 
 # ---------------------------------------------------------------------------------------------------------------- chat
@@ -405,7 +445,7 @@ def test_adapter_folders_answer_as_the_adapted_model(folder, adapter, picture, t
     assert run(*command, adapter).stdout == expected + "\n"
     # A processor of the adapter's own, as training writes it, is taken.
     MonoInternVLProcessor.from_pretrained(folder, max_tiles=1).save_pretrained(adapter)
-    assert common.load_processor(str(adapter)).image_processor.max_tiles == 1
+    assert models.load_processor(str(adapter)).image_processor.max_tiles == 1
     # A relative base is found from where one stands, and beside the adapter.
     written = json.loads((adapter / "adapter_config.json").read_text())
     (tmp_path / "base").symlink_to(folder)
@@ -422,6 +462,10 @@ def test_merge_writes_a_model_of_its_own(folder, adapter, picture, tmp_path):
     command = ("chat", picture, "What is it?", "--max-new-tokens", 8, "--dtype", "float32", "--model")
     assert run(*command, out).stdout == run(*command, adapter).stdout
     assert MonoInternVLConfig.from_pretrained(out).dtype == MonoInternVLConfig.from_pretrained(folder).dtype
+    run("merge", adapter, tmp_path / "rounded", "--dtype", "bfloat16")
+    assert MonoInternVLConfig.from_pretrained(tmp_path / "rounded").dtype == torch.bfloat16
+    assert run("merge", adapter, tmp_path / "other", "--dtype", "int8").exit_code == 2
+    assert "overflow to NaN" in failure("merge", adapter, tmp_path / "other", "--dtype", "float16")
     assert "not an empty folder" in failure("merge", adapter, out)
     assert "no adapter_config.json" in failure("merge", folder, tmp_path / "other")
 
@@ -621,18 +665,24 @@ def test_inspect_prints_a_table(folder):
 @pytest.mark.parametrize("experts", ["none", "qkv", "qkvo"])
 def test_groups_hold_every_parameter(experts):
     model = tiny_model(visual_attention_experts=experts)
-    groups = parameter_groups(model)
+    groups = count_by_part(model)
     class_row = model.model.vision_embeddings.class_embedding.numel()
     assert sum(groups.values()) == sum(p.numel() for p in model.parameters()) + class_row
     # q and o are 64 x 64, k and v 32 x 64, in 3 layers.
     own = {"none": None, "qkv": 3 * (64 * 64 + 2 * 32 * 64), "qkvo": 3 * (2 * 64 * 64 + 2 * 32 * 64)}
     assert groups.get("visual attention experts") == own[experts]
     assert set(TEXT_PATH) < set(groups)
+    assert {part.group for part in PARTS} == set(GROUPS)
+
+
+def test_a_parameter_of_no_part_is_refused():
+    with pytest.raises(ValueError, match="model.adapter.weight belongs to no known part"):
+        part_of("model.adapter.weight")
 
 
 def test_groups_count_tied_matrices_once():
     tied = MonoInternVLForCausalLM(MonoInternVLConfig(**{**tiny_config().to_dict(), "tie_word_embeddings": True}))
-    assert parameter_groups(tied)["output head"] == 0
+    assert count_by_part(tied)["output head"] == 0
 
 
 # ----------------------------------------------------------------------------------------------------------- tokenizer

@@ -14,7 +14,7 @@ import pytest
 from PIL import Image
 
 from conftest import ROOT
-from mono_internvl.cli.common import load_model, resolve_model
+from mono_internvl.common.models import load_model, resolve_model
 from mono_internvl.evaluation import settings
 from mono_internvl.evaluation.settings import (
     CHOICE,

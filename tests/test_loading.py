@@ -18,7 +18,7 @@ from transformers import (
 
 from conftest import golden, tiny_config, tiny_model
 from mono_internvl import MonoInternVLConfig, MonoInternVLForCausalLM
-from mono_internvl.cli.common import with_adapter
+from mono_internvl.common.models import with_adapter
 
 
 AUTO_CLASSES = [AutoModel, AutoModelForCausalLM, AutoModelForImageTextToText, AutoModelForMultimodalLM]

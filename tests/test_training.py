@@ -18,13 +18,14 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from conftest import ROOT, load_golden, tiny_model
 from mono_internvl import MonoInternVLForCausalLM, MonoInternVLProcessor
+from mono_internvl.common.parameters import GROUPS, group_of
 from mono_internvl.image_processing_mono_internvl import choose_grid
 from mono_internvl.plates.drawing import draw_plate
 from mono_internvl.plates.tasks import TASKS, PlateWorld, name_patches
 from mono_internvl.plates.words import Item, Plate
 from mono_internvl.training import curves
 from mono_internvl.training.data import Collator, PackCollator, encode_conversation, picture_sizes, target_weights
-from mono_internvl.training.groups import GROUPS, count_parameters, group_of, grouped_parameters, linear_modules
+from mono_internvl.training.groups import count_parameters, grouped_parameters, linear_modules
 from mono_internvl.training.loading import (
     Batches,
     Conversations,

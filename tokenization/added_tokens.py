@@ -6,30 +6,16 @@ tokens of `tokenizer.json`. What an earlier file says about an id or a token, a 
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any
 
 from tokenizers import AddedToken, Tokenizer
 
+from .files import read_json
+
 
 CONFIG, MAP, ADDED, FAST = "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "tokenizer.json"
 ROLES = ("bos_token", "eos_token", "unk_token", "pad_token")
-
-
-def read_json(path: Path) -> dict[str, Any]:
-    """A JSON file that holds an object.
-
-    Raises:
-        ValueError: it does not; names the file.
-    """
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise ValueError(f"{path} is not JSON: {error}") from error
-    if not isinstance(content, dict):
-        raise ValueError(f"{path} must hold a JSON object, not {type(content).__name__}")
-    return content
 
 
 def read_object(path: Path) -> dict[str, Any]:

@@ -24,6 +24,7 @@ from typing import Any
 from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors
 
 from .added_tokens import CONFIG, add_tokens, read_added_tokens, read_object, read_roles
+from .files import write_json
 from .sentencepiece_model import SPACE, Piece, PieceType, SentencePieceModel, read_sentencepiece_model
 
 
@@ -211,8 +212,8 @@ def save_tokenizer(
     if model_max_length is not None:
         config["model_max_length"] = model_max_length
     return (
-        _write_json(folder / "tokenizer.json", content, indent=0),
-        _write_json(folder / "tokenizer_config.json", config, indent=2),
+        write_json(folder / "tokenizer.json", content, indent=0),
+        write_json(folder / "tokenizer_config.json", config, indent=2),
     )
 
 
@@ -288,16 +289,3 @@ def _merges(mergeable: list[tuple[int, Piece]], progress: Progress | None) -> li
                 progress(done, len(ranked))
 
     return list(cuts())
-
-
-def _write_json(path: Path, content: Any, *, indent: int) -> Path:
-    """Writes to a temporary name beside `path` and renames, so that a reader never sees half a file."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        temporary.write_bytes((json.dumps(content, ensure_ascii=False, indent=indent) + "\n").encode("utf-8"))
-        temporary.replace(path)
-    except OSError as error:
-        raise OSError(error.errno, f"{path} cannot be written: {error.strerror}") from error
-    finally:
-        temporary.unlink(missing_ok=True)
-    return path

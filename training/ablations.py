@@ -15,7 +15,6 @@ weights, of the order and of the pictures. Vision is the share of right answers 
 is the perplexity of held-out answers in conversations without pictures, where lower is better.
 """
 
-import json
 import logging
 import math
 import random
@@ -28,6 +27,7 @@ import torch
 import typer
 from transformers import LlamaForCausalLM, TrainingArguments, set_seed
 
+from ..common.files import read_json, write_json
 from ..conversion import expand_checkpoint
 from ..evaluation.plates import evaluate
 from ..image_processing_mono_internvl import MonoInternVLImageProcessor
@@ -41,7 +41,7 @@ from ..processing_mono_internvl import MonoInternVLProcessor
 from .data import Collator, encode_conversation
 from .groups import train_only
 from .loading import Batches, Conversations, UnitBatches, mixture
-from .run import ROOT, dense_config, start_vision, write_json
+from .run import ROOT, dense_config, start_vision
 from .sources import Source
 from .trainer import EViPTrainer, weighted_loss_sum
 
@@ -219,7 +219,7 @@ def run(variant: str, seed: int, results: Path, work: Path) -> dict[str, Any]:
     if variant in {source for source, _, _ in VARIANTS.values()}:
         model.save_pretrained(work / f"{variant}-{seed}")
     results.mkdir(parents=True, exist_ok=True)
-    write_json(results / f"{variant}-{seed}.json", record)
+    write_json(results / f"{variant}-{seed}.json", record, indent=1)
     return record
 
 
@@ -230,7 +230,7 @@ def table(results: Path) -> str:
         "|---|---|---|---|---|---|---|---|",
     ]
     for variant in VARIANTS:
-        records = [json.loads(path.read_text()) for path in sorted(results.glob(f"{variant}-[0-9]*.json"))]
+        records = [read_json(path) for path in sorted(results.glob(f"{variant}-[0-9]*.json"))]
         if not records:
             continue
 

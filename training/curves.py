@@ -6,14 +6,13 @@
 Reads `STAGE/log.json`, or of a stage that still runs its newest checkpoint, and `STAGE/scores.json`.
 """
 
-import json
 import statistics
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
-from ..cli.common import written_whole
+from ..common.files import read_json, written_whole
 from .trainer import checkpoints
 
 
@@ -34,10 +33,10 @@ WINDOW = 5
 def losses(folder: Path) -> list[tuple[int, float]]:
     """(step, loss) of a stage, as far as it has come; empty if it has not begun."""
     if (folder / "log.json").is_file():
-        entries = json.loads((folder / "log.json").read_text(encoding="utf-8"))
+        entries = read_json(folder / "log.json", list)
     else:
         kept = checkpoints(folder)
-        entries = json.loads((kept[-1] / "trainer_state.json").read_text())["log_history"] if kept else []
+        entries = read_json(kept[-1] / "trainer_state.json")["log_history"] if kept else []
     points = [(entry["step"], float(entry["loss"])) for entry in entries if "loss" in entry]
     groups = [points[first : first + WINDOW] for first in range(0, len(points), WINDOW)]
     return [(group[-1][0], statistics.mean(loss for _, loss in group)) for group in groups]
@@ -47,7 +46,7 @@ def scores(folder: Path) -> dict[str, float]:
     """Percent of right answers by category, and `IoU` (median, in percent); empty if the stage was not evaluated."""
     if not (folder / "scores.json").is_file():
         return {}
-    found: dict[str, Any] = json.loads((folder / "scores.json").read_text(encoding="utf-8"))
+    found: dict[str, Any] = read_json(folder / "scores.json")
     result = {name: 100 * part["correct"] / part["total"] for name, part in found["categories"].items()}
     if found.get("median_iou") is not None:
         result["IoU"] = 100 * found["median_iou"]

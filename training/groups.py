@@ -1,30 +1,10 @@
-"""Parameter groups: what a stage names when it says what trains.
-
-visual_embedding          patch and position embedding, and the MLP behind it
-visual_experts            FFN_v of every layer (paper 2410.08202, eq. 4)
-visual_attention_experts  the visual projections of attention (1.5)
-attention                 the language model's q, k, v and o projections
-text                      everything else of the language model: FFN_t, norms, token embedding, output head
-"""
+"""Which parameters a stage trains, by the groups of `common.parameters`."""
 
 from collections.abc import Collection, Iterable
 
 from torch import nn
 
-
-GROUPS = ("visual_embedding", "visual_experts", "visual_attention_experts", "attention", "text")
-
-
-def group_of(name: str) -> str:
-    """The group of a parameter or module, by its dotted name (ours, or a dense Llama's)."""
-    parts = name.split(".")
-    if "vision_embeddings" in parts or "multi_modal_projector" in parts:
-        return "visual_embedding"
-    if "visual_mlp" in parts:
-        return "visual_experts"
-    if "self_attn" in parts:
-        return "visual_attention_experts" if any(part.startswith("visual_") for part in parts) else "attention"
-    return "text"
+from ..common.parameters import GROUPS, group_of
 
 
 def grouped_parameters(model: nn.Module) -> dict[str, list[nn.Parameter]]:

@@ -1,6 +1,5 @@
 """Runs a stage: recipe -> model, data, `EViPTrainer` -> a folder that `from_pretrained` loads."""
 
-import json
 import logging
 import math
 import shutil
@@ -13,7 +12,7 @@ from accelerate import PartialState
 from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM, TrainingArguments, set_seed
 from transformers.integrations import is_tensorboard_available
 
-from ..cli.common import written_whole
+from ..common.files import write_json
 from ..configuration_mono_internvl import MonoInternVLTextConfig
 from ..image_processing_mono_internvl import MonoInternVLImageProcessor
 from ..modeling_mono_internvl import MonoInternVLForCausalLM
@@ -135,7 +134,7 @@ def run_stage(
             raise ValueError(f"{bad} of {read} samples were bad, {limit}: no model is written")
     if rank == 0:
         # Beside the checkpoints: TensorBoard's files are for its own eyes.
-        write_json(folder / "log.json", trainer.state.log_history)
+        write_json(folder / "log.json", trainer.state.log_history, indent=1)
     _save(trainer, processor, stage, output)
     tell(f"finished: {output}")
     return output
@@ -405,12 +404,6 @@ def _arguments(stage: Stage, folder: Path, steps: int, per_rank: int) -> Trainin
         report_to=["tensorboard"] if is_tensorboard_available() else [],
         seed=stage.seed,
     )
-
-
-def write_json(path: Path, content: Any) -> None:
-    """Write to a temporary name beside `path`, then rename."""
-    with written_whole(path) as temporary:
-        temporary.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
 
 
 def _save(trainer: EViPTrainer, processor: MonoInternVLProcessor, stage: Stage, output: Path) -> None:

@@ -18,8 +18,8 @@ from typing import Any
 
 import yaml
 
+from ..common.parameters import GROUPS
 from ..configuration_mono_internvl import VISUAL_ATTENTION_EXPERTS
-from .groups import GROUPS
 
 
 RECIPES = Path(__file__).with_name("recipes")
@@ -40,7 +40,7 @@ class Stage:
         tokenizer: folder of the tokenizer and processor; default: the model's.
         data: sources, each a path or a mapping with `path`, and `weight` or `repeat`, `root`, `name`, `max_tiles`;
             or `{"plate_world": TASK}`.
-        trains: names of parameter groups (`training.groups`).
+        trains: names of parameter groups (`common.parameters`).
         visual_attention_experts: give the model these experts while it is expanded (1.5).
         max_tiles: most tiles of a picture, thumbnail not counted; several pictures of a sample share them.
         max_length: most tokens of a sample, and the size of a pack.
