@@ -11,7 +11,6 @@ VERSION = re.search(r'^__version__ = "(.+)"$', (ROOT / "__init__.py").read_text(
 
 FOLDERS = (
     "benchmarks",
-    "cli",
     "common",
     "conversion",
     "evaluation",
@@ -32,8 +31,9 @@ setup(
     long_description_content_type="text/markdown",
     license="MIT",
     python_requires=">=3.10",
-    package_dir={"mono_internvl": "."},
-    packages=["mono_internvl", *(f"mono_internvl.{name}" for name in FOLDERS)],
+    # The command line is a package of its own: its help does not wait until the library is imported.
+    package_dir={"mono_internvl": ".", "mono_internvl_cli": "cli"},
+    packages=["mono_internvl", *(f"mono_internvl.{name}" for name in FOLDERS), "mono_internvl_cli"],
     # The nano model travels with the package: `mono-internvl chat` works without a network.
     package_data={
         "mono_internvl": ["*.json", "*.jinja", "*.safetensors", "LICENSE", "NOTICE"],
@@ -65,7 +65,7 @@ setup(
         "dev": [*TRAIN, *EVAL, "trl", "pytest", "ruff", "mypy"],
     },
     entry_points={
-        "console_scripts": ["mono-internvl = mono_internvl.cli:main"],
+        "console_scripts": ["mono-internvl = mono_internvl_cli:main"],
         "lmms_eval.models": ["mono_internvl = mono_internvl.evaluation.lmms_eval:manifest"],
         "vllm.general_plugins": ["mono_internvl = mono_internvl.serving.vllm_plugin:register"],
     },

@@ -1,6 +1,8 @@
-"""The command line: `mono-internvl COMMAND`, one file a command.
+"""The command line, `mono-internvl COMMAND`, one file a command: a package of its own beside the library.
 
-Commands import torch and transformers when they run, so that help and usage errors do not wait for them.
+It is installed as `mono_internvl_cli`: importing anything of `mono_internvl` imports torch, transformers and the model.
+Commands import the library when they run, by its name, so that help and wrong usage do not wait for it. What they need
+before is repeated here, and a test holds it equal to the library's.
 
 Exit status: 0, 2 for wrong usage, 1 for anything else, with one line on stderr that names the file and the reason.
 stdout carries the answer alone; notes and progress go to stderr.

@@ -6,9 +6,9 @@ from PIL import Image
 from typer.testing import CliRunner
 
 from conftest import ROOT
-from mono_internvl.cli import app
-from mono_internvl.cli.attention import parse_layers, spread_layers
 from mono_internvl.evaluation.attention import AttentionMaps, collect_attention, draw_attention, heat_map
+from mono_internvl_cli import app
+from mono_internvl_cli.attention import parse_layers, spread_layers
 
 
 pytest.importorskip("matplotlib")

@@ -22,8 +22,6 @@ from mono_internvl import (
     MonoInternVLProcessor,
     benchmarks,
 )
-from mono_internvl.cli import app, common
-from mono_internvl.cli.chat import converse, split_words
 from mono_internvl.common import messages, models
 from mono_internvl.common.drawing import draw_boxes
 from mono_internvl.common.parameters import GROUPS, PARTS, TEXT_PATH, count_by_part, part_of
@@ -34,11 +32,13 @@ from mono_internvl.evaluation import plates
 from mono_internvl.image_loading_mono_internvl import DEFAULT_MAX_PIXELS
 from mono_internvl.processing_mono_internvl import GroundedBox
 from mono_internvl.training import stages
+from mono_internvl_cli import app, common
+from mono_internvl_cli.chat import converse, split_words
 
 
 # The package's attributes of these names are the commands.
 benchmark_module, chat_module, convert_module, expand_module, train_module = (
-    sys.modules[f"mono_internvl.cli.{name}"] for name in ("benchmark", "chat", "convert", "expand", "train")
+    sys.modules[f"mono_internvl_cli.{name}"] for name in ("benchmark", "chat", "convert", "expand", "train")
 )
 needs_nano = pytest.mark.skipif(
     not (ROOT / "model.safetensors").exists(), reason="the nano's model.safetensors is not in the repository yet"
@@ -81,20 +81,54 @@ def picture(tmp_path) -> Path:
 # --------------------------------------------------------------------------------------------------------------- start
 
 
-def test_help_does_not_wait_for_torch():
-    # The package's own __init__ registers the model with transformers; the commands alone must not import it.
+def _cpu_seconds(code: str, *arguments: str) -> tuple[float, subprocess.CompletedProcess]:
+    """User and system time of a fresh interpreter that runs `code`, its start included."""
+    code = f"import atexit, sys, time\natexit.register(lambda: print(time.process_time(), file=sys.stderr))\n{code}"
+    done = subprocess.run([sys.executable, "-c", code, *arguments], capture_output=True, text=True)
+    return float(done.stderr.splitlines()[-1]), done
+
+
+@pytest.fixture(scope="module")
+def fast() -> float:
+    """The CPU seconds that help and wrong usage may take."""
+    seconds, _ = min((_cpu_seconds("import transformers") for _ in range(2)), key=lambda pair: pair[0])
+    return max(1.0, 1.5 * seconds)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "status", "said"),
+    [
+        ("--help", 0, "chat"),
+        ("chat --help", 0, "--max-tiles"),
+        ("train --help", 0, "--resume"),
+        ("", 2, "Usage"),
+        ("paint", 2, "No such command 'paint'"),
+        ("chat --modle x Hi", 2, "No such option: --modle"),
+        ("chat Hi --dtype int8", 2, "int8 is not one of"),
+        ("tiles a.png", 2, "--out"),
+        ("expand a b --visual-attention-experts kv", 2, "none, qkv, qkvo"),
+        ("convert a b --to ours", 2, "official, native"),
+        ("benchmark speed", 2, "preprocess, routing"),
+        ("train --list", 0, "nano/s2_instruction"),
+        ("train", 2, "nano/s2_instruction"),
+        ("train nano/txt", 1, "no recipe nano/txt; did you mean nano/text?"),
+        ("train mine.yaml", 1, "no recipe mine.yaml"),
+        ("train nano/text --stepps 3", 2, "no such option: --stepps; did you mean --steps?"),
+        ("train nano/text --steps", 2, "--steps needs a value"),
+    ],
+)
+def test_help_and_wrong_usage_do_not_wait_for_the_library(arguments, status, said, fast, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
     code = (
-        "import sys, types; p = types.ModuleType('mono_internvl'); p.__path__ = [sys.argv.pop(1)];"
-        "sys.modules['mono_internvl'] = p\n"
-        "from mono_internvl.cli import main\n"
-        "try: main()\n"
-        "except SystemExit as end: assert not end.code\n"
-        "assert not {'torch', 'transformers', 'numpy', 'PIL'} & set(sys.modules)"
+        "import mono_internvl_cli\n"
+        "try: mono_internvl_cli.main()\n"
+        "finally: assert not {'mono_internvl', 'torch', 'transformers', 'numpy', 'PIL'} & set(sys.modules)"
     )
-    done = subprocess.run([sys.executable, "-c", code, str(ROOT), "--help"], capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
-    for command in ("chat", "tiles", "inspect", "tokenizer", "evaluate"):
-        assert command in done.stdout
+    seconds, done = _cpu_seconds(code, *arguments.split())
+    assert done.returncode == status, done.stderr
+    assert said in " ".join((done.stdout + done.stderr).split())
+    assert "Traceback" not in done.stderr
+    assert seconds <= fast
 
 
 def test_what_the_commands_repeat_is_the_librarys():
@@ -118,7 +152,7 @@ def test_the_library_does_not_know_its_command_line():
         for node in ast.walk(ast.parse(file.read_text(encoding="utf-8"))):
             imported = [alias.name for alias in node.names] if isinstance(node, (ast.Import, ast.ImportFrom)) else []
             imported += [node.module or ""] if isinstance(node, ast.ImportFrom) else []
-            assert not any({"cli", "mono_internvl.cli"} & set(name.split(".")) for name in imported), file
+            assert not any({"cli", "mono_internvl_cli"} & set(name.split(".")) for name in imported), file
 
 
 def test_an_import_that_fails_is_one_line(monkeypatch):

@@ -12,8 +12,8 @@ from PIL import Image
 from typer.testing import CliRunner
 
 from conftest import ROOT
-from mono_internvl.cli import app
 from mono_internvl.serving.demo import Conversation, add_pictures, answer, draw_answer, look, question
+from mono_internvl_cli import app
 
 
 IMAGE = {"type": "image"}

@@ -1,6 +1,7 @@
-"""What travels: the wheel holds the code of every room and the nano."""
+"""What travels: the wheel holds the code of every room, the command and the nano."""
 
 import importlib.util
+import os
 import subprocess
 import sys
 import zipfile
@@ -38,5 +39,16 @@ def test_the_wheel_holds_everything(tmp_path):
         face = not room and file.endswith((".json", ".jinja", ".safetensors"))
         recipe = room.startswith("training/") and file.endswith(".yaml")
         if travels or face or recipe:
-            assert f"mono_internvl/{name}" in names, name
-    assert not any(name.startswith(("tests/", "mono_internvl/tests")) for name in names)
+            assert (f"mono_internvl_{name}" if room == "cli" else f"mono_internvl/{name}") in names, name
+    assert not any(name.startswith(("tests/", "mono_internvl/tests", "mono_internvl/cli")) for name in names)
+    # What is installed answers, from a folder of its own.
+    install = [sys.executable, "-m", "pip", "install", "--no-deps", "--no-index", "--target", str(tmp_path / "site")]
+    subprocess.run([*install, str(wheel)], check=True, capture_output=True)
+    chat = [sys.executable, "-m", "mono_internvl", "chat", str(ROOT / "examples" / "plate.png")]
+    environment = {**os.environ, "PYTHONPATH": str(tmp_path / "site")}
+    done = subprocess.run(
+        [*chat, "How many circles are there?"], cwd=tmp_path, env=environment, capture_output=True, text=True
+    )
+    assert (done.stdout, done.stderr) == ("2\n", "")
+    (script,) = (tmp_path / "site" / "bin").glob("mono-internvl*")
+    assert "mono_internvl_cli" in script.read_text(encoding="utf-8")
