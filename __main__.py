@@ -1,4 +1,4 @@
-"""`python -m mono_internvl` is `mono-internvl`, but imports the library first, as Python does with a module's package."""
+"""`python -m mono_internvl` is `mono-internvl`; Python imports the library, the module's package, before it."""
 
 from mono_internvl_cli import main
 
