@@ -66,10 +66,7 @@ def user_errors() -> tuple[type[BaseException], ...]:
 
 
 def one_line(error: BaseException) -> str:
-    """An error's message on one line of bearable length, as `mono_internvl.common.messages` has it.
-
-    A copy: it tells too why the library could not be imported.
-    """
+    """An error's message on one line of bearable length."""
     text = " ".join(str(error).split()) or type(error).__name__
     if isinstance(error, MemoryError):
         text = f"out of memory ({text})"

@@ -5,8 +5,9 @@ Also `convert --check FOLDER`, and `convert FOLDER --push-to-hub REPO`.
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, redirect_stdout
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -122,7 +123,7 @@ def byte_bar(what: str) -> Iterator[Callable[[int, int], None]]:
 
 def show(report: Report) -> None:
     """What was made on stdout, how long it took on stderr."""
-    from mono_internvl.common.messages import readable_bytes
+    from mono_internvl.common.files import readable_bytes
 
     size = f"{report.tensors} tensors, {readable_bytes(report.nbytes)} in {report.shards} file"
     typer.echo(f"{report.folder}: {size}{'s' if report.shards > 1 else ''}")
@@ -143,7 +144,7 @@ def publish(folder: Path, repo: str | None, private: bool, revision: str | None,
     """Show what goes up; upload it unless it is a dry run."""
     if repo is None:
         return
-    from mono_internvl.common.messages import readable_bytes
+    from mono_internvl.common.files import readable_bytes
     from mono_internvl.conversion.publish import files_to_publish, publish_checkpoint
 
     files = files_to_publish(folder)
@@ -156,4 +157,7 @@ def publish(folder: Path, repo: str | None, private: bool, revision: str | None,
         typer.echo(f"{total} would go to the {target}")
         return
     note(f"{total} go to the {target}")
-    typer.echo(publish_checkpoint(folder, repo, private=private, revision=revision))
+    # The Hub's client prints its progress.
+    with redirect_stdout(sys.stderr):
+        address = publish_checkpoint(folder, repo, private=private, revision=revision)
+    typer.echo(address)

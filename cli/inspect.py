@@ -70,7 +70,7 @@ def _print_tables(name: str, facts: dict[str, Any]) -> None:
     from rich.console import Console
     from rich.table import Table
 
-    from mono_internvl.common.messages import readable_bytes
+    from mono_internvl.common.files import readable_bytes
 
     console = Console()
     total, width = facts["total"], facts["bytes_per_parameter"]

@@ -10,7 +10,7 @@ from PIL import Image
 from ..tokenization.files import read_json, write_json, written_whole
 
 
-__all__ = ["check_output", "check_picture_output", "read_json", "write_json", "written_whole"]
+__all__ = ["check_output", "check_picture_output", "read_json", "readable_bytes", "write_json", "written_whole"]
 
 
 def check_output(path: Path) -> None:
@@ -38,3 +38,13 @@ def check_picture_output(path: Path) -> None:
     if Image.registered_extensions().get(path.suffix.lower()) not in Image.SAVE:
         raise ValueError(f"{path} cannot be written: its ending must be that of a picture, such as .png or .jpg")
     check_output(path)
+
+
+def readable_bytes(count: int) -> str:
+    """1_234_567 -> '1.23 MB'; powers of 1000."""
+    size = float(count)
+    for unit in ("B", "kB", "MB", "GB"):
+        if size < 1000 or unit == "GB":
+            break
+        size /= 1000
+    return f"{size:.0f} B" if unit == "B" else f"{size:.2f} {unit}"

@@ -18,7 +18,6 @@ from ..configuration_mono_internvl import MonoInternVLConfig
 from ..loading_mono_internvl import adapter_base, list_gaps, put_adapter
 from ..modeling_mono_internvl import MonoInternVLForCausalLM, cpu_has_bfloat16_units
 from ..processing_mono_internvl import MonoInternVLProcessor
-from .messages import one_line
 
 
 # The nano travels with the package, beside the model's code.
@@ -62,7 +61,7 @@ def base_of_adapter(model: str) -> str | None:
     try:
         base = adapter_base(model)
     except ValueError as error:
-        raise ModelError(one_line(error)) from error
+        raise ModelError(str(error)) from error
     try:
         return None if base is None else resolve_model(base)
     except ModelError as error:
@@ -80,7 +79,7 @@ def _naming(model: str) -> Iterator[None]:
     except ModelError:
         raise
     except Exception as error:  # on damaged files json, pickle, safetensors and tokenizers raise nearly anything
-        reason = one_line(error)
+        reason = str(error) or type(error).__name__
         if damaged := _damaged_file(model):
             raise ModelError(f"{damaged} is damaged: {reason}") from error
         raise ModelError(reason if model in reason else f"{model}: {reason}") from error

@@ -17,8 +17,7 @@ from tokenizers import AddedToken, Tokenizer
 from transformers import GenerationConfig, PreTrainedTokenizerFast
 from transformers.dynamic_module_utils import get_relative_import_files
 
-from ..common.files import read_json
-from ..common.messages import readable_bytes
+from ..common.files import read_json, readable_bytes
 from ..common.parameters import build_on_meta, count_by_part
 from ..configuration_mono_internvl import AUTO_MAP, MonoInternVLConfig
 from ..image_processing_mono_internvl import MonoInternVLImageProcessor

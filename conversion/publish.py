@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import glob
 import os
-import sys
-from contextlib import redirect_stdout
 from fnmatch import fnmatch
 from pathlib import Path
 
@@ -111,9 +109,7 @@ def publish_checkpoint(
         api.create_branch(repo_id, branch=revision, exist_ok=True)
     # Names are taken as patterns.
     patterns = [glob.escape(name) for name in names]
-    # The client prints its progress.
-    with redirect_stdout(sys.stderr):
-        api.upload_large_folder(
-            repo_id, folder, repo_type="model", revision=revision, private=private, allow_patterns=patterns
-        )
+    api.upload_large_folder(
+        repo_id, folder, repo_type="model", revision=revision, private=private, allow_patterns=patterns
+    )
     return str(url)

@@ -16,7 +16,6 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 from PIL import Image
 
 from ..common.drawing import draw_boxes
-from ..common.messages import one_line
 from ..common.tiling import cut, draw_tiling
 from ..image_processing_mono_internvl import load_image
 from ..modeling_mono_internvl import MonoInternVLForCausalLM, place_images
@@ -69,7 +68,7 @@ def add_pictures(
         try:
             pictures.append(load_image(file, max_pixels=max_pixels))
         except (ValueError, OSError) as error:
-            problems.append(one_line(error).replace(str(file), Path(file).name))
+            problems.append(str(error).replace(str(file), Path(file).name))
     return conversation._replace(pictures=(*conversation.pictures, *pictures)), problems
 
 
@@ -236,7 +235,9 @@ def build_page(model: MonoInternVLForCausalLM, processor: MonoInternVLProcessor,
             drawn = draw_answer(processor, asked)
         except (ValueError, OSError, MemoryError, RuntimeError) as error:  # torch says RuntimeError of full memory
             # The question goes back into its field; for the model it was never asked.
-            problem = {"role": "assistant", "content": "\n\n".join([f"⚠️ {one_line(error)}", *_kept(conversation)])}
+            # Full memory may come without a word.
+            reason = str(error) or type(error).__name__
+            problem = {"role": "assistant", "content": "\n\n".join([f"⚠️ {reason}", *_kept(conversation)])}
             box_again = gr.MultimodalTextbox(value={"text": text}, interactive=True)
             yield {chat: [*shown, problem], state: conversation, box: box_again}
             return

@@ -55,11 +55,18 @@ def test_upload(folders, monkeypatch):
 
     base, _ = folders
     calls = []
+
+    def answer(name: str) -> str:
+        print("progress of the Hub's client")
+        calls.append(name)
+        return "https://hub/x"
+
     for name in ("create_repo", "upload_large_folder"):
-        monkeypatch.setattr(publish.HfApi, name, lambda self, *a, name=name, **k: calls.append(name) or "https://hub/x")
+        monkeypatch.setattr(publish.HfApi, name, lambda self, *a, name=name, **k: answer(name))
     result = run("convert", base / "native", "--push-to-hub", "someone/model")
     assert result.exit_code == 0 and calls == ["create_repo", "upload_large_folder"]
     assert result.stdout.splitlines()[-1] == "https://hub/x"
+    assert "progress" not in result.stdout and "progress" in result.stderr
 
 
 def test_mistakes_are_one_line(folders, tmp_path):
