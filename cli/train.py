@@ -47,6 +47,8 @@ def train(
         raise typer.BadParameter(f"name a recipe: {', '.join(recipe_names())}")
     for name in names:
         check_recipe(name)
+    from accelerate import PartialState
+
     from mono_internvl.training.run import run_stage
     from mono_internvl.training.stages import load_stage
 
@@ -60,6 +62,8 @@ def train(
             typer.echo(f"{name}: done, {finished}", err=True)
             continue
         run_stage(name, overrides, runs=runs, output=last, resume=resume, write=_say)
+    # Threads of several processes must end before Python does, or they abort it.
+    PartialState().destroy_process_group()
     typer.echo(finished)
 
 

@@ -687,7 +687,7 @@ def test_a_full_disk_leaves_the_checkpoint_before(tmp_path, folder, data, monkey
 # --------------------------------------------------------------------------------------------------- several processes
 
 _FSDP = """
-import sys, torch, torch.distributed as dist
+import gc, sys, torch, torch.distributed as dist
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor
 from mono_internvl import MonoInternVLForCausalLM
@@ -715,6 +715,10 @@ for step in torch.load(batches):
     losses.append(float(loss))
 if rank == 0:
     torch.save(losses, out)
+# What FSDP hangs on the model holds the process group. Where that outlives the interpreter, its threads abort it
+# (one time in ten, on a busy machine), so the model goes first.
+del model, layer, optimizer, loss
+gc.collect()
 dist.destroy_process_group()
 """
 
@@ -767,7 +771,7 @@ def test_two_ddp_processes_give_the_curve_of_one(tmp_path, dense, data):
     trained = run_stage(path, runs=tmp_path / "one")
     assert MonoInternVLProcessor.from_pretrained(trained).image_processor.max_tiles == 5
     done = torchrun("-m", "mono_internvl", "train", str(path), "--runs", str(tmp_path / "two"))
-    assert done.returncode == 0, done.stderr[-2000:]
+    assert done.returncode == 0, done.stderr
     torch.testing.assert_close(
         torch.tensor(losses(tmp_path / "two")), torch.tensor(losses(tmp_path / "one")), atol=1e-5, rtol=0
     )
@@ -784,7 +788,7 @@ def test_two_fsdp2_processes_give_the_curve_of_one(tmp_path, folder, processor, 
     torch.save(steps, tmp_path / "steps.pt")
     (tmp_path / "fsdp.py").write_text(_FSDP)
     done = torchrun(str(tmp_path / "fsdp.py"), str(folder), str(tmp_path / "steps.pt"), str(tmp_path / "losses.pt"))
-    assert done.returncode == 0, done.stderr[-2000:]
+    assert done.returncode == 0, done.stderr
 
     from mono_internvl.training.groups import train_only
 
