@@ -1,16 +1,12 @@
 """Picture -> grid -> tiles + thumbnail -> 28-px patches, with Pillow, numpy and torch alone.
 
-    choose_grid    size of a picture -> (cols, rows), the grid of square tiles nearest to its aspect ratio
-    MonoInternVLImageProcessor
-                   one bicubic resize to cols*S x rows*S, cut row-major; a thumbnail of the whole picture goes last
-                   when there is more than one tile; a tile is (S/28)^2 patches, normalised with the ImageNet mean
-    patchify       the same cut for tiles that already are a tensor
+One bicubic resize to cols*S x rows*S, cut row-major; a thumbnail of the whole picture goes last when there is more than
+one tile; a tile is (S/28)^2 patches, normalised with the ImageNet mean.
 
 Legend: S tile side in pixels (448), p = S // 28 patches along a side, D = 3*28*28 values of a patch.
 The pixels equal the released model's bit for bit; see the comment in `_resize` for the one trap.
 """
 
-import functools
 import logging
 from collections.abc import Iterator, Sequence
 from typing import Any
@@ -23,114 +19,27 @@ from transformers.image_processing_utils import BaseImageProcessor
 from transformers.processing_utils import ImagesKwargs
 
 from .compat_mono_internvl import check_keywords
-from .image_loading_mono_internvl import (
-    DEFAULT_MAX_PIXELS,
-    at_picture,
+from .image_loading_mono_internvl import DEFAULT_MAX_PIXELS, at_picture, exif_orientation, load_image
+from .tiling_mono_internvl import (
+    PATCH_DIM,
+    PATCH_SIZE,
+    TILE_OPTIONS,
     check_bool,
     check_positive,
-    exif_orientation,
-    load_image,
+    check_tile_range,
+    check_tile_size,
+    choose_grid,
+    count_tiles,
+    patchify,
+    tokens_per_tile,
+    unpatchify,
 )
 
 
 logger = logging.getLogger(__name__)
 
-PATCH_SIZE = 28
-PATCH_DIM = 3 * PATCH_SIZE * PATCH_SIZE
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)
-
-
-# ---------------------------------------------------------------------------------------------------------------- grid
-
-
-@functools.lru_cache(maxsize=256)
-def _candidate_grids(min_tiles: int, max_tiles: int) -> tuple[tuple[int, int], ...]:
-    """All (cols, rows) with min_tiles <= cols*rows <= max_tiles, ordered by their product.
-
-    Grids of equal product keep the order in which CPython walks a set filled in this very sequence: that is how
-    the released model came by its order, and the order decides ties. (Hashes of small-integer tuples are not salted.)
-    """
-    grids = set()
-    for n in range(min_tiles, max_tiles + 1):
-        for cols in range(1, n + 1):
-            for rows in range(-(-min_tiles // cols), min(n, max_tiles // cols) + 1):
-                grids.add((cols, rows))
-    return tuple(sorted(grids, key=lambda grid: grid[0] * grid[1]))
-
-
-def choose_grid(
-    width: int, height: int, *, tile_size: int = 448, min_tiles: int = 1, max_tiles: int = 12
-) -> tuple[int, int]:
-    """The grid of tiles for a picture: the one whose aspect ratio is nearest to the picture's.
-
-    Args:
-        width, height: size of the picture in pixels.
-        tile_size: side of a tile in pixels; it matters on exact ties only.
-        min_tiles, max_tiles: allowed range of cols * rows, thumbnail not counted.
-
-    Returns:
-        (cols, rows). On an exact tie the grid with more tiles wins if the picture covers more than half of its area.
-
-    Raises:
-        ValueError: a size is not positive, or not 1 <= min_tiles <= max_tiles.
-    """
-    if width < 1 or height < 1:
-        raise ValueError(f"width and height of a picture must be at least 1 pixel, got {width}x{height}")
-    check_positive("tile_size", tile_size)
-    _check_tile_range(min_tiles, max_tiles)
-    aspect = width / height
-    best, best_distance = (1, 1), float("inf")
-    for cols, rows in _candidate_grids(int(min_tiles), int(max_tiles)):
-        distance = abs(aspect - cols / rows)
-        covers_half = width * height > 0.5 * tile_size * tile_size * cols * rows
-        if distance < best_distance or (distance == best_distance and covers_half):
-            best, best_distance = (cols, rows), distance
-    return best
-
-
-def _check_tile_range(min_tiles: int, max_tiles: int) -> None:
-    check_positive("min_tiles", min_tiles)
-    check_positive("max_tiles", max_tiles)
-    if min_tiles > max_tiles:
-        raise ValueError(f"min_tiles must not exceed max_tiles, got min_tiles={min_tiles} and max_tiles={max_tiles}")
-
-
-# ------------------------------------------------------------------------------------------------------------- patches
-
-
-def patchify(tiles: torch.Tensor) -> torch.Tensor:
-    """Cut square tiles into 28-px patches: [N, 3, S, S] -> [N, (S//28)**2, 3*28*28], same dtype and device.
-
-    Patches are row-major; inside a patch the order is (channel, row, column), as a flattened 28x28 convolution kernel.
-
-    Raises:
-        ValueError: not [N, 3, S, S], or S is not a positive multiple of 28. N may be 0.
-    """
-    if tiles.ndim != 4 or tiles.shape[1] != 3 or tiles.shape[2] != tiles.shape[3]:
-        raise ValueError(f"tiles must be [N, 3, S, S], got {list(tiles.shape)}")
-    n, _, side, _ = tiles.shape
-    if side < PATCH_SIZE or side % PATCH_SIZE:
-        raise ValueError(f"the side of a tile must be a positive multiple of {PATCH_SIZE} px, got {side}")
-    p = side // PATCH_SIZE
-    cut = tiles.reshape(n, 3, p, PATCH_SIZE, p, PATCH_SIZE).permute(0, 2, 4, 1, 3, 5)
-    return cut.reshape(n, p * p, PATCH_DIM)
-
-
-def unpatchify(patches: torch.Tensor) -> torch.Tensor:
-    """Inverse of `patchify`: [N, p*p, 3*28*28] -> [N, 3, p*28, p*28].
-
-    Raises:
-        ValueError: the last dimension is not 3*28*28, or the number of patches is no square.
-    """
-    if patches.ndim != 3 or patches.shape[2] != PATCH_DIM:
-        raise ValueError(f"patches must be [N, p*p, {PATCH_DIM}], got {list(patches.shape)}")
-    n, count, _ = patches.shape
-    p = round(count**0.5)
-    if p < 1 or p * p != count:
-        raise ValueError(f"a square tile has a square number of patches, got {count}")
-    grid = patches.reshape(n, p, p, 3, PATCH_SIZE, PATCH_SIZE).permute(0, 3, 1, 4, 2, 5)
-    return grid.reshape(n, 3, p * PATCH_SIZE, p * PATCH_SIZE)
 
 
 # ----------------------------------------------------------------------------------------------------------- processor
@@ -223,10 +132,8 @@ class MonoInternVLImageProcessor(BaseImageProcessor):
         convert_to_srgb: bool = False,
         **kwargs: Any,
     ) -> None:
-        check_positive("tile_size", tile_size)
-        if tile_size % PATCH_SIZE:
-            raise ValueError(f"tile_size must be a multiple of {PATCH_SIZE}, got {tile_size}")
-        _check_tile_range(min_tiles, max_tiles)
+        check_tile_size(tile_size)
+        check_tile_range(min_tiles, max_tiles)
         if max_pixels is not None:
             check_positive("max_pixels", max_pixels)
         for name, value in (
@@ -275,8 +182,8 @@ class MonoInternVLImageProcessor(BaseImageProcessor):
 
     @property
     def patches_per_tile(self) -> int:
-        """(S // 28) ** 2: the visual tokens of one tile."""
-        return (self.tile_size // PATCH_SIZE) ** 2
+        """The visual tokens of one tile."""
+        return tokens_per_tile(self.tile_size)
 
     def preprocess(
         self,
@@ -378,13 +285,12 @@ class MonoInternVLImageProcessor(BaseImageProcessor):
         low, high = self._tile_range(min_tiles, max_tiles)
         cols, rows = choose_grid(width, height, tile_size=self.tile_size, min_tiles=low, max_tiles=high)
         thumbnail = self.use_thumbnail if use_thumbnail is None else use_thumbnail
-        return cols * rows + int(thumbnail and cols * rows > 1)
+        return count_tiles(cols, rows, thumbnail)
 
     def get_number_of_image_patches(self, height: int, width: int, images_kwargs: dict | None = None) -> int:
         """`get_number_of_tiles` under the name that transformers and the engines call."""
         options = images_kwargs or {}
-        names = ("max_tiles", "min_tiles", "use_thumbnail")
-        return self.get_number_of_tiles(height, width, **{name: options.get(name) for name in names})
+        return self.get_number_of_tiles(height, width, **{name: options.get(name) for name in TILE_OPTIONS})
 
     def _check_fixed(self, options: dict[str, Any]) -> None:
         """Refuse options of other image processors that ask for something else than what is done here."""
@@ -411,7 +317,7 @@ class MonoInternVLImageProcessor(BaseImageProcessor):
         high = self.max_tiles if max_tiles is None else max_tiles
         check_positive("max_tiles", high)
         low = min(self.min_tiles, high) if min_tiles is None else min_tiles
-        _check_tile_range(low, high)
+        check_tile_range(low, high)
         return low, high
 
     def _to_patches(
@@ -433,9 +339,10 @@ class MonoInternVLImageProcessor(BaseImageProcessor):
                 f"exceeds the limit max_pixels of {max_pixels:,} pixels"
             )
         count = cols * rows
-        out = torch.empty((count + int(use_thumbnail and count > 1), p * p, PATCH_DIM), dtype=dtype, device="cpu")
+        tiles = count_tiles(cols, rows, use_thumbnail)
+        out = torch.empty((tiles, self.patches_per_tile, PATCH_DIM), dtype=dtype, device="cpu")
         _cut(_resize(image, cols * side, rows * side), out[:count], cols, rows, p)
-        if len(out) > count:
+        if tiles > count:
             _cut(_resize(image, side, side), out[count:], 1, 1, p)
         return out
 

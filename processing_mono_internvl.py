@@ -34,6 +34,7 @@ from .compat_mono_internvl import check_keywords
 from .image_loading_mono_internvl import prefixed
 from .image_processing_mono_internvl import MonoInternVLImageProcessor, MonoInternVLImagesKwargs, flatten_pictures
 from .prompt_mono_internvl import IMAGE_MARK, check_message_keys, marked_parts, read_messages, read_tools
+from .tiling_mono_internvl import TILE_OPTIONS
 from .vocabulary_mono_internvl import (
     IMAGE_END,
     IMAGE_START,
@@ -50,7 +51,6 @@ logger = logging.getLogger(__name__)
 # Candidates for the marks around typed text: characters without a meaning of their own.
 _PRIVATE_USE = (range(0xE000, 0xF900), range(0xF0000, 0xFFFFE), range(0x100000, 0x10FFFE))
 
-_TILE_OPTIONS = ("min_tiles", "max_tiles", "use_thumbnail")
 _IMAGE_OPTIONS = frozenset(MonoInternVLImagesKwargs.__annotations__) - {"return_tensors"}
 _TEXT_OPTIONS = (
     "add_special_tokens",
@@ -65,7 +65,7 @@ _TEXT_OPTIONS = (
 _GROUPED_OPTIONS = ("common_kwargs", "images_kwargs", "text_kwargs", "videos_kwargs", "audio_kwargs")
 _OPTIONS = frozenset({*_IMAGE_OPTIONS, *_TEXT_OPTIONS, "return_tensors"})
 # What a person may mean; named where an option is not known.
-_SAID = ("max_pixels", "do_normalize", *_TILE_OPTIONS, *_TEXT_OPTIONS, "return_tensors", "images")
+_SAID = ("max_pixels", "do_normalize", *TILE_OPTIONS, *_TEXT_OPTIONS, "return_tensors", "images")
 # What a tokenizer may have been made with, as a default of its own.
 _TOKENIZER_DEFAULTS = ("padding", "max_length", "truncation", "pad_to_multiple_of")
 # transformers' names for what this processor does not give. Its pipelines and trainers send them along unset.
@@ -166,7 +166,7 @@ class MonoInternVLProcessor(ProcessorMixin):
     @property
     def tokens_per_tile(self) -> int:
         """Visual tokens of one tile."""
-        return (self.image_processor.tile_size // 28) ** 2
+        return self.image_processor.patches_per_tile
 
     @property
     def stop_token_ids(self) -> list[int]:
@@ -829,7 +829,7 @@ class MonoInternVLProcessor(ProcessorMixin):
             TypeError: an unknown option.
         """
         given = {name: value for name, value in kwargs.items() if _is_read(name, value, "_get_num_multimodal_tokens")}
-        options = {name: given[name] for name in _TILE_OPTIONS if name in given}
+        options = {name: given[name] for name in TILE_OPTIONS if name in given}
         if image_sizes is None:
             return MultiModalData()
         tiles = []

@@ -21,6 +21,7 @@ from ..common.parameters import released_2b_config
 from ..configuration_mono_internvl import MonoInternVLConfig
 from ..image_processing_mono_internvl import unpatchify
 from ..modeling_mono_internvl import MonoInternVLDecoderLayer, MonoInternVLForCausalLM, RoutingPlan
+from ..tiling_mono_internvl import PATCH_DIM
 from .measure import Place
 
 
@@ -190,7 +191,7 @@ def make_prompt(config: MonoInternVLConfig, visual: int, text: int, place: Place
     words = torch.randint(3, low, (batch, text), generator=generator)
     picture = torch.full((batch, tiles * per_tile), config.image_token_id)
     ids = torch.cat([words[:, : text // 4], picture, words[:, text // 4 :]], 1)
-    pixels = torch.randn(batch * tiles, per_tile, 3 * 28 * 28, generator=generator)
+    pixels = torch.randn(batch * tiles, per_tile, PATCH_DIM, generator=generator)
     return Prompt(ids.to(place.device), pixels.to(place.device, place.dtype), tiles * per_tile)
 
 

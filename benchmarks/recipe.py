@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 
+from ..tiling_mono_internvl import PATCH_DIM
 from .measure import Place, interleave, median, quartiles, row, run_child
 from .peers import build, preset_config
 
@@ -48,7 +49,7 @@ def mixture_samples(count: int, per_tile: int, max_length: int, image_token_id: 
             {
                 "input_ids": ids,
                 "labels": torch.where(torch.arange(len(ids)) < len(ids) - text // 2, -100, ids),
-                "pixel_values": torch.zeros(tiles, per_tile, 3 * 28 * 28, dtype=torch.uint8),
+                "pixel_values": torch.zeros(tiles, per_tile, PATCH_DIM, dtype=torch.uint8),
             }
         )
     return samples
@@ -166,7 +167,7 @@ def _measure_memory(mode: str, preset: str, layers: str, device: str) -> int:
     visual, text = MEMORY_TOKENS
     ids = torch.cat([torch.full((visual,), config.image_token_id), torch.arange(3, 3 + text)])[None].to(place.device)
     tiles = visual // config.vision_config.tokens_per_tile
-    pixels = torch.zeros(tiles, config.vision_config.tokens_per_tile, 3 * 28 * 28, dtype=torch.uint8)
+    pixels = torch.zeros(tiles, config.vision_config.tokens_per_tile, PATCH_DIM, dtype=torch.uint8)
     for _ in range(2):
         model(ids, pixel_values=pixels.to(place.device), labels=ids.clone(), use_cache=False).loss.backward()
         optimizer.step()

@@ -4,6 +4,7 @@ from typing import Any
 
 import torch
 
+from ..tiling_mono_internvl import PATCH_DIM
 from . import flops
 from .measure import DATASHEET_FLOPS, Place, interleave, median, peak_flops, quartiles, recorded
 from .peers import build, compile_layers, preset_config, uncompile_layers
@@ -31,7 +32,7 @@ def make_pack(config: Any, place: Place, rows: int) -> dict[str, torch.Tensor]:
         "labels": torch.cat(labels)[None].repeat(rows, 1),
     }
     inputs = {name: value.to(place.device) for name, value in inputs.items()}
-    pixels = torch.randn(tiles, per_tile, 3 * 28 * 28, generator=generator)
+    pixels = torch.randn(tiles, per_tile, PATCH_DIM, generator=generator)
     return {**inputs, "pixel_values": pixels.to(place.device, place.dtype)}
 
 

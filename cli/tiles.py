@@ -54,10 +54,11 @@ def tiles(
 def _make_processor(model: str | None, given: dict[str, Any]) -> MonoInternVLImageProcessor:
     from mono_internvl.common.models import load_processor, resolve_model
     from mono_internvl.image_processing_mono_internvl import MonoInternVLImageProcessor
+    from mono_internvl.tiling_mono_internvl import TILE_OPTIONS
 
     settings: dict[str, Any] = {}
     if model is not None:
         quiet_libraries()
         base = load_processor(resolve_model(model)).image_processor
-        settings = {name: getattr(base, name) for name in ("tile_size", "max_tiles", "min_tiles", "use_thumbnail")}
+        settings = {name: getattr(base, name) for name in ("tile_size", *TILE_OPTIONS)}
     return MonoInternVLImageProcessor(max_pixels=None, **{**settings, **given})

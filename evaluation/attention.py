@@ -21,6 +21,7 @@ from torch.nn import functional as F
 from ..image_processing_mono_internvl import choose_grid, load_image
 from ..modeling_mono_internvl import MonoInternVLForCausalLM, place_images
 from ..processing_mono_internvl import MonoInternVLProcessor
+from ..tiling_mono_internvl import count_tiles
 
 
 SEGMENT_COLORS = {"text": "#4c78a8", "image": "#54a24b", "answer": "#f58518"}
@@ -148,7 +149,8 @@ def heat_map(maps: AttentionMaps, token: int) -> torch.Tensor:
     """
     weights = maps.answer_rows[:, token].mean(0)[maps.visual]
     cols, rows = maps.grid
-    tiles = cols * rows + (cols * rows > 1 and len(weights) % (cols * rows + 1) == 0)
+    with_thumbnail = count_tiles(cols, rows, use_thumbnail=True)
+    tiles = with_thumbnail if len(weights) % with_thumbnail == 0 else cols * rows
     p = round((len(weights) / tiles) ** 0.5)
     by_tile = weights.view(tiles, p, p)
     heat = by_tile[: cols * rows].view(rows, cols, p, p).transpose(1, 2).reshape(rows * p, cols * p)

@@ -20,6 +20,7 @@ import torch
 from ..common.record import Record
 from ..image_processing_mono_internvl import choose_grid
 from ..processing_mono_internvl import MonoInternVLProcessor
+from ..tiling_mono_internvl import PATCH_SIZE, count_tiles
 from .drawing import draw_plate
 from .layout import check_size, sample_plate, sample_sheet
 from .questions import questions
@@ -230,11 +231,11 @@ def name_patches(
     Args:
         grid: (columns, rows) of the picture's tiles; more than one are followed by the thumbnail.
     """
-    side = processor.image_processor.tile_size // 28
+    side = processor.image_processor.tile_size // PATCH_SIZE
     columns, rows = grid
     first = int((example["input_ids"] == processor.image_token_id).nonzero()[0])
     views = [(first, columns, rows)]
-    if columns * rows > 1:
+    if count_tiles(columns, rows, use_thumbnail=True) > columns * rows:
         views.append((first + columns * rows * side**2, 1, 1))
     for item in plate.items:
         names = list(item.text) if item.kind == "number" else [item.kind]

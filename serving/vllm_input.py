@@ -35,12 +35,13 @@ from vllm.transformers_utils.config import HFConfigParser
 
 from ..configuration_mono_internvl import MonoInternVLConfig
 from ..processing_mono_internvl import IMAGE_TOKEN, MonoInternVLProcessor
+from ..tiling_mono_internvl import TILE_OPTIONS
 from .checkpoint import is_mono_internvl, serving_config
 from .vllm_plugin import TOKENIZER_MODE
 
 
 PLACEHOLDER = f"<img>{IMAGE_TOKEN}</img>"
-TILE_OPTIONS = ("min_tiles", "max_tiles", "use_thumbnail", "max_pixels")
+PICTURE_OPTIONS = (*TILE_OPTIONS, "max_pixels")
 
 
 # -------------------------------------------------------------------------------------------- the folder's small files
@@ -225,13 +226,13 @@ class PictureInfo(BaseProcessingInfo):
         """The server's and the request's `mm_processor_kwargs` as options of the image processor.
 
         Raises:
-            ValueError: an option that is not one of `TILE_OPTIONS`.
+            ValueError: an option that is not one of `PICTURE_OPTIONS`.
         """
         options = self.ctx.get_merged_mm_kwargs(kwargs)
-        unknown = [name for name in options if name not in TILE_OPTIONS]
+        unknown = [name for name in options if name not in PICTURE_OPTIONS]
         if unknown:
             raise ValueError(
-                f"mm_processor_kwargs: {', '.join(unknown)} not known; allowed are {', '.join(TILE_OPTIONS)}"
+                f"mm_processor_kwargs: {', '.join(unknown)} not known; allowed are {', '.join(PICTURE_OPTIONS)}"
             )
         return options
 

@@ -23,12 +23,12 @@ from safetensors.torch import load_file
 from conftest import encoded, noise
 from mono_internvl.image_processing_mono_internvl import (
     MonoInternVLImageProcessor,
-    _candidate_grids,
     choose_grid,
     load_image,
     patchify,
     unpatchify,
 )
+from mono_internvl.tiling_mono_internvl import _candidate_grids
 
 
 GOLDEN = Path(__file__).parent / "golden" / "preprocess"

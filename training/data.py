@@ -13,6 +13,7 @@ from PIL import Image
 
 from ..image_processing_mono_internvl import exif_orientation, load_image
 from ..processing_mono_internvl import MonoInternVLProcessor
+from ..tiling_mono_internvl import PATCH_DIM
 
 
 IGNORED = -100
@@ -50,7 +51,7 @@ def encode_conversation(
     return {
         "input_ids": ids,
         "labels": torch.where(answers.bool(), ids, IGNORED),
-        "pixel_values": torch.zeros(0, patches, 3 * 28 * 28, dtype=torch.uint8) if pixels is None else pixels,
+        "pixel_values": torch.zeros(0, patches, PATCH_DIM, dtype=torch.uint8) if pixels is None else pixels,
     }
 
 

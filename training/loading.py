@@ -17,6 +17,7 @@ from torch.utils.data import Dataset, Sampler, get_worker_info
 
 from ..common.record import Record
 from ..processing_mono_internvl import MonoInternVLProcessor
+from ..tiling_mono_internvl import PATCH_DIM
 from .data import Collator, Example, PackCollator, encode_conversation, picture_sizes
 from .records import BadSample
 from .sources import Source, reading
@@ -212,7 +213,7 @@ class Batches:
         self.nothing: Example = {
             "input_ids": torch.full((2,), pad_token_id),
             "labels": torch.full((2,), -100),
-            "pixel_values": torch.zeros(0, patches, 3 * 28 * 28, dtype=torch.uint8),
+            "pixel_values": torch.zeros(0, patches, PATCH_DIM, dtype=torch.uint8),
         }
 
     def __call__(self, samples: Sequence[tuple[Key, Example | BadSample]]) -> dict[str, Any]:

@@ -18,6 +18,7 @@ from ..image_processing_mono_internvl import MonoInternVLImageProcessor
 from ..modeling_mono_internvl import MonoInternVLForCausalLM
 from ..plates.tasks import PlateWorld
 from ..processing_mono_internvl import MonoInternVLProcessor
+from ..tiling_mono_internvl import count_tiles
 from ..training_mono_internvl import make_drop_path
 from .groups import count_parameters, linear_modules, train_only
 from .loading import Batches, Conversations, Key, UnitBatches, mixture, one_pass, packed
@@ -148,7 +149,7 @@ def describe(
     for group, (trains, total) in count_parameters(model).items():
         state = "trains" if trains == total else "frozen" if trains == 0 else f"adapters of {trains:,} train"
         yield f"  {group:<26}{total:>16,}  {state}"
-    limit = processor.tokens_per_tile * (stage.max_tiles + (stage.max_tiles > 1))
+    limit = processor.tokens_per_tile * count_tiles(stage.max_tiles, 1, use_thumbnail=True)
     kind = "packs" if stage.packing else "samples"
     yield (
         f"  {steps:,} steps of {stage.batch_size:,} {kind}, "
