@@ -1,8 +1,8 @@
 """`model.chat(images, prompt)`: pictures and a question in, an answer out.
 
-    conversation      history + prompt + pictures -> messages; says where each picture stands
-    generation        what a caller may say about it, checked by name
-    AnswerStreamer    generated ids -> pieces of the answer, for a caller who does not want to wait
+    chat            conversation -> inputs -> `generate` -> text
+    generation      what a caller may say about it, checked by name
+    evaluating      the model's mode while it answers
 
 Nothing that is passed in is changed, consumed or kept: the model's dtype and mode, configurations, histories, files.
 """
@@ -25,8 +25,9 @@ from transformers.generation.utils import GenerationMixin
 from transformers.utils import logging
 
 from .compat_mono_internvl import check_keywords
+from .conversation_mono_internvl import History, conversation, grown_history
 from .image_processing_mono_internvl import flatten_pictures
-from .prompt_mono_internvl import IMAGE_MARK, marked_parts, place_images, read_messages
+from .streaming_mono_internvl import AnswerStreamer, check_streamer, ended_on_failure
 
 
 logger = logging.get_logger(__name__)
@@ -39,8 +40,6 @@ _RELEASED_OPTIONS = frozenset(
         *("image_counts", "IMG_START_TOKEN", "IMG_END_TOKEN", "IMG_CONTEXT_TOKEN", "verbose"),
     }
 )
-# As messages name their speakers, and others' code too.
-_ROLES = frozenset({"system", "developer", "user", "assistant", "tool", "function", "human", "ai", "gpt", "bot"})
 _SAMPLING = ("temperature", "top_p", "top_k", "min_p", "typical_p", "epsilon_cutoff", "eta_cutoff", "top_h")
 # What would make `generate` return more than `chat` can.
 _RICHER_OUTPUTS = (
@@ -51,8 +50,6 @@ _RICHER_OUTPUTS = (
     "output_hidden_states",
 )
 
-History = list[tuple[Any, str]] | list[dict[str, Any]]
-
 
 def _as_called_here(chat: Callable) -> Callable:
     """Point the released code's way of calling to the page about it, and end a waiting streamer where a call fails.
@@ -62,7 +59,7 @@ def _as_called_here(chat: Callable) -> Callable:
 
     @functools.wraps(chat)
     def call(self: Any, *args: Any, **kwargs: Any) -> Any:
-        with _ended_on_failure(kwargs.get("streamer")):
+        with ended_on_failure(kwargs.get("streamer")):
             released = sorted(_RELEASED_OPTIONS.intersection(kwargs))
             if released or len(args) > 2 or any(hasattr(given, "convert_tokens_to_ids") for given in args):
                 what = f", not {', '.join(released)}" if released else ""
@@ -127,26 +124,14 @@ class MonoInternVLChatMixin:
                 contradict each other or that a text cannot answer, a conversation that is too long, float16.
         """
         self._check_dtype()
-        _check_streamer(streamer)
+        check_streamer(streamer)
         options = self._generation_options(generation_config, generate_kwargs)
         processor = self._processor_for(processor)
-        pictures = [] if images is None else flatten_pictures(images)
-        for place, picture in enumerate(pictures, start=1):
-            if picture is None:
-                raise ValueError(f"picture {place} of {len(pictures)} is None")
-        if not pictures and images is not None and not isinstance(images, (list, tuple)):
-            # Frames of a video that gave none, or an iterator that somebody else has read to its end.
-            raise ValueError(f"images is {type(images).__name__} without a picture in it; for none give None or []")
+        pictures = _listed(images)
         if isinstance(history, np.ndarray):
             history = history.tolist()
         turns, current, asked = conversation(prompt, pictures, history)
-        messages = [*turns, current]
-        if system is not None:
-            if not isinstance(system, str):
-                raise ValueError(f"system must be a string, not {type(system).__name__}")
-            if any(message["role"] == "system" for message in messages):
-                raise ValueError("the history has a system message already; leave system out")
-            messages = [{"role": "system", "content": system}, *messages]
+        messages = _with_system(system, [*turns, current])
         image_options = {
             "max_tiles": max_tiles,
             "min_tiles": min_tiles,
@@ -166,19 +151,7 @@ class MonoInternVLChatMixin:
         prompt_length = inputs["input_ids"].shape[1]
         self._check_length(prompt_length, options)
         answer_text = processor.answer_decoder(keep_grounding_tags=keep_grounding_tags)
-        own = self.generation_config  # type: ignore[attr-defined]
-        stops = own.eos_token_id if isinstance(own.eos_token_id, list) else [own.eos_token_id]
-        stops = list(dict.fromkeys([*processor.stop_token_ids, *(token for token in stops if token is not None)]))
-        tokens = {"eos_token_id": stops, "pad_token_id": processor.tokenizer.pad_token_id}
-        config = options.get("generation_config")
-        if config is None:
-            options = {**tokens, **options}
-        else:
-            config.update(**{name: value for name, value in tokens.items() if getattr(config, name) is None})
-        if any(strings is not None for strings in (options.get("stop_strings"), own.stop_strings)) or (
-            config is not None and config.stop_strings is not None
-        ):
-            options.setdefault("tokenizer", processor.tokenizer)
+        options = self._with_tokens(options, processor)
         if streamer is not None:
             takes_text = callable(streamer) or hasattr(streamer, "on_finalized_text")
             options["streamer"] = AnswerStreamer(streamer, answer_text) if takes_text else streamer
@@ -187,7 +160,7 @@ class MonoInternVLChatMixin:
         answer = answer_text(sequences[0, prompt_length:].tolist())
         if not return_history:
             return answer
-        return answer, _grown_history(history, asked, answer)
+        return answer, grown_history(history, asked, answer)
 
     def batch_chat(self, *args: Any, **kwargs: Any) -> None:
         """The released code's name for several prompts at once.
@@ -267,6 +240,23 @@ class MonoInternVLChatMixin:
             config.update(**{name: options.pop(name) for name in list(options) if hasattr(config, name)})
         return options
 
+    def _with_tokens(self, options: dict[str, Any], processor: Any) -> dict[str, Any]:
+        """The options with the ids that end an answer and fill up, and the tokenizer that stop strings need."""
+        own = self.generation_config  # type: ignore[attr-defined]
+        stops = own.eos_token_id if isinstance(own.eos_token_id, list) else [own.eos_token_id]
+        stops = list(dict.fromkeys([*processor.stop_token_ids, *(token for token in stops if token is not None)]))
+        tokens = {"eos_token_id": stops, "pad_token_id": processor.tokenizer.pad_token_id}
+        config = options.get("generation_config")
+        if config is None:
+            options = {**tokens, **options}
+        else:
+            config.update(**{name: value for name, value in tokens.items() if getattr(config, name) is None})
+        if any(strings is not None for strings in (options.get("stop_strings"), own.stop_strings)) or (
+            config is not None and config.stop_strings is not None
+        ):
+            options.setdefault("tokenizer", processor.tokenizer)
+        return options
+
     def _processor_for(self, processor: Any) -> Any:
         if processor is None:
             processor = self._load_processor()
@@ -342,149 +332,35 @@ class MonoInternVLChatMixin:
             logger.info("the answer may reach the model's limit of %d tokens", limit)
 
 
-# ------------------------------------------------------------------------------------------------------ conversation
-
-
-def conversation(
-    prompt: str | list[dict[str, Any]], pictures: Sequence[Any], history: Sequence[Any] | None
-) -> tuple[list[dict[str, Any]], dict[str, Any], Any]:
-    """The messages before this turn and this turn's, every picture in its place; and this turn's prompt as a history
-    keeps it: marked, without the pictures that were given beside it.
+def _listed(images: Any) -> list[Any]:
+    """The pictures of a call in order.
 
     Raises:
-        ValueError: the prompt is empty or neither a string nor parts; the history is neither pairs nor messages; places
-            and pictures differ in number (both are named).
+        ValueError: one of them is None, or what was given holds none.
     """
-    messages = _history_messages(history)
-    if isinstance(prompt, str):
-        if not prompt.strip():
-            raise ValueError("the prompt is empty; ask something")
-    elif not isinstance(prompt, (list, tuple)) or not all(isinstance(part, Mapping) for part in prompt):
-        raise ValueError(
-            "the prompt must be a string or a list of content parts such as {'type': 'text', 'text': ...}, not "
-            + (
-                f"a list of {type(prompt[0]).__name__}"
-                if isinstance(prompt, (list, tuple)) and prompt
-                else repr(prompt)
-            )
-        )
-    (current,) = read_messages([{"role": "user", "content": prompt}])
-    if not _says_something(current["content"]):
-        raise ValueError("the prompt is empty; ask something")
-
-    left = list(pictures)
-    wanted = sum(_places(message, bool(left)) for message in messages)
-    own = _places(current, bool(left))
-    if isinstance(prompt, str) and left:
-        place_images(prompt, len(left) - wanted)  # it checks the number of marks
-    if own == 0 and len(left) > wanted:
-        own = len(left) - wanted
-        if not isinstance(current["content"], str):
-            # The same layout as in front of a string.
-            front: list[Any] = list(marked_parts("", left[wanted:]))
-            front = [{"type": "image"} if part["type"] == "image" else part for part in front]
-            current = {**current, "content": [*front, *current["content"]]}
-    if wanted + own != len(left):
-        raise ValueError(
-            f"{wanted + own} places for pictures in the conversation ({wanted} of them in the history), but "
-            f"{len(left)} pictures; images are all pictures of the conversation, as many as places"
-        )
-    filled = []
-    for message in messages:
-        count = _places(message, bool(pictures))
-        filled.append(_filled(message, left[:count]))
-        left = left[count:]
-    turn = _filled(current, left)
-    if not isinstance(prompt, str):
-        return filled, turn, current["content"]
-    if isinstance(turn["content"], str):
-        # Without a picture the word `<image>` is a word, and must stay one when a later turn brings pictures.
-        return filled, turn, [{"type": "text", "text": prompt}] if IMAGE_MARK in prompt else prompt
-    marked = (part["text"] if part["type"] == "text" else IMAGE_MARK for part in turn["content"])
-    return filled, turn, "".join(marked)
+    pictures = [] if images is None else flatten_pictures(images)
+    for place, picture in enumerate(pictures, start=1):
+        if picture is None:
+            raise ValueError(f"picture {place} of {len(pictures)} is None")
+    if not pictures and images is not None and not isinstance(images, (list, tuple)):
+        # Frames of a video that gave none, or an iterator that somebody else has read to its end.
+        raise ValueError(f"images is {type(images).__name__} without a picture in it; for none give None or []")
+    return pictures
 
 
-def _history_messages(history: Sequence[Any] | None) -> list[dict[str, Any]]:
-    if history is None:
-        return []
-    if isinstance(history, (str, bytes, Mapping)) or not isinstance(history, Sequence):
-        raise ValueError(
-            f"history must be a list of (prompt, answer) pairs or of messages, not {type(history).__name__}"
-        )
-    if not history:
-        return []
-    if _is_pair(history) and all(isinstance(item, str) for item in history):
-        raise ValueError("history must be a list of (prompt, answer) pairs: put this one pair into a list")
-    pairs = [_is_pair(turn) for turn in history]
-    if all(pairs) and all(isinstance(turn[0], str) and turn[0].lower() in _ROLES for turn in history):
-        raise ValueError(
-            f"history has (role, text) pairs, the first by {history[0][0]!r}; write messages "
-            "{'role': .., 'content': ..}, or (prompt, answer) pairs"
-        )
-    for number, turn in enumerate(history, start=1):
-        content = turn[0] if _is_pair(turn) else turn.get("content") if isinstance(turn, Mapping) else None
-        if isinstance(content, tuple) and content and all(isinstance(entry, str) for entry in content):
-            # Parts may be strings, but a tuple of them is how Gradio keeps a file; its path is no text.
-            raise ValueError(
-                f"entry {number} of the history holds {content!r}: a file is a part "
-                f"{{'type': 'image', 'image': {content[0]!r}}}, and several texts are a list"
-            )
-    if not any(pairs):
-        if not all(isinstance(turn, Mapping) or hasattr(turn, "role") for turn in history):
-            raise ValueError(
-                "history must be a list of (prompt, answer) pairs or of messages {'role', 'content'}; "
-                f"its first entry is {str(history[0])[:80]!r}"
-            )
-        return read_messages(list(history))
-    messages: list[dict[str, Any]] = []
-    for number, (turn, is_pair) in enumerate(zip(history, pairs, strict=True), start=1):
-        if not is_pair:
-            raise ValueError(f"history mixes (prompt, answer) pairs with other things: entry {number} is no pair")
-        asked, answered = turn
-        if not isinstance(answered, str):
-            raise ValueError(f"turn {number} of the history has no answer: its second entry is {answered!r}, no string")
-        if not isinstance(asked, str) and not isinstance(asked, (list, tuple)):
-            raise ValueError(f"turn {number} of the history has no prompt: its first entry is {asked!r}, no string")
-        messages += [{"role": "user", "content": asked}, {"role": "assistant", "content": answered}]
-    return read_messages(messages)
+def _with_system(system: str | None, messages: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """The messages behind a system prompt.
 
-
-def _is_pair(turn: Any) -> bool:
-    return isinstance(turn, (list, tuple)) and len(turn) == 2 and not isinstance(turn[0], Mapping)
-
-
-def _says_something(content: Any) -> bool:
-    if isinstance(content, str):
-        return bool(content.strip())
-    return any(part["type"] != "text" or part["text"].strip() for part in content)
-
-
-def _places(message: dict[str, Any], marks_count: bool) -> int:
-    """Places for pictures that are given elsewhere: image parts that hold none, and in a user's string its marks."""
-    content = message["content"]
-    if isinstance(content, str):
-        return content.count(IMAGE_MARK) if marks_count and message["role"] == "user" else 0
-    return sum(part["type"] == "image" and "image" not in part for part in content or ())
-
-
-def _filled(message: dict[str, Any], pictures: list[Any]) -> dict[str, Any]:
-    """The message with its pictures in their places."""
-    content = message["content"]
-    if isinstance(content, str):
-        return {**message, "content": marked_parts(content, pictures)} if pictures else message
-    left = iter(pictures)
-    parts = [
-        {**part, "image": next(left)} if part["type"] == "image" and "image" not in part else part for part in content
-    ]
-    return {**message, "content": parts}
-
-
-def _grown_history(history: Sequence[Any] | None, asked: Any, answer: str) -> History:
-    """The history with this turn, in its form."""
-    given = list(history or [])
-    if given and not _is_pair(given[0]):
-        return [*given, {"role": "user", "content": asked}, {"role": "assistant", "content": answer}]
-    return [*(tuple(turn) for turn in given), (asked, answer)]
+    Raises:
+        ValueError: it is no string, or the messages have one already.
+    """
+    if system is None:
+        return messages
+    if not isinstance(system, str):
+        raise ValueError(f"system must be a string, not {type(system).__name__}")
+    if any(message["role"] == "system" for message in messages):
+        raise ValueError("the history has a system message already; leave system out")
+    return [{"role": "system", "content": system}, *messages]
 
 
 # -------------------------------------------------------------------------------------------------------- generation
@@ -574,61 +450,3 @@ def evaluating(model: Any) -> Iterator[None]:
 def cpu_has_bfloat16_units() -> bool:
     """Whether matrix products in bfloat16 are fast on this CPU (x86 AMX or AVX512-BF16)."""
     return any(getattr(torch.cpu, name, bool)() for name in ("_is_amx_tile_supported", "_is_avx512_bf16_supported"))
-
-
-# ------------------------------------------------------------------------------------------------------------ streams
-
-
-@contextlib.contextmanager
-def _ended_on_failure(streamer: Any) -> Iterator[None]:
-    """A streamer that somebody waits for is ended where the call fails, too."""
-    try:
-        yield
-    except BaseException:
-        if hasattr(streamer, "end"):
-            with contextlib.suppress(Exception):
-                streamer.end()
-        raise
-
-
-def _check_streamer(streamer: Any) -> None:
-    """Raise TypeError unless it is something that pieces of an answer, or ids, can be handed to."""
-    if streamer is None:
-        return
-    known = callable(streamer) or all(callable(getattr(streamer, name, None)) for name in ("put", "end"))
-    if isinstance(streamer, type) and hasattr(streamer, "end"):
-        what = f"the class {streamer.__name__}; make one"
-    elif not known:
-        what = type(streamer).__name__
-    elif inspect.iscoroutinefunction(streamer) or inspect.iscoroutinefunction(type(streamer).__call__):
-        what = "a coroutine function, which nobody would await"
-    else:
-        return
-    raise TypeError(f"streamer must be a text streamer or a callable that takes a string, not {what}")
-
-
-class AnswerStreamer:
-    """Turns generated ids into pieces of the answer and hands them to the caller's streamer.
-
-    The pieces are whole characters and, joined, exactly what `chat` returns. `decoder`: a processor's `answer_decoder`.
-    """
-
-    def __init__(self, target: Any, decoder: Any):
-        self.target, self.pieces = target, decoder.pieces()
-        self.prompt_seen = False
-
-    def put(self, value: torch.Tensor) -> None:
-        if not self.prompt_seen:
-            self.prompt_seen = True
-            return
-        self._send(self.pieces.put(value.reshape(-1).tolist()), end=False)
-
-    def end(self) -> None:
-        self._send("", end=True)
-
-    def _send(self, piece: str, end: bool) -> None:
-        if hasattr(self.target, "on_finalized_text"):
-            if piece or end:
-                self.target.on_finalized_text(piece, stream_end=end)
-        elif piece:
-            self.target(piece)

@@ -1,0 +1,156 @@
+"""A history, a prompt and pictures -> messages with every picture in its place; and the history with one turn more.
+
+Nothing that is passed in is changed.
+"""
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from .prompt_mono_internvl import IMAGE_MARK, marked_parts, place_images, read_messages
+
+
+# As messages name their speakers, and others' code too.
+_ROLES = frozenset({"system", "developer", "user", "assistant", "tool", "function", "human", "ai", "gpt", "bot"})
+History = list[tuple[Any, str]] | list[dict[str, Any]]
+
+
+def conversation(
+    prompt: str | list[dict[str, Any]], pictures: Sequence[Any], history: Sequence[Any] | None
+) -> tuple[list[dict[str, Any]], dict[str, Any], Any]:
+    """The messages before this turn and this turn's, every picture in its place; and this turn's prompt as a history
+    keeps it: marked, without the pictures that were given beside it.
+
+    Raises:
+        ValueError: the prompt is empty or neither a string nor parts; the history is neither pairs nor messages; places
+            and pictures differ in number (both are named).
+    """
+    messages = _history_messages(history)
+    if isinstance(prompt, str):
+        if not prompt.strip():
+            raise ValueError("the prompt is empty; ask something")
+    elif not isinstance(prompt, (list, tuple)) or not all(isinstance(part, Mapping) for part in prompt):
+        raise ValueError(
+            "the prompt must be a string or a list of content parts such as {'type': 'text', 'text': ...}, not "
+            + (
+                f"a list of {type(prompt[0]).__name__}"
+                if isinstance(prompt, (list, tuple)) and prompt
+                else repr(prompt)
+            )
+        )
+    (current,) = read_messages([{"role": "user", "content": prompt}])
+    if not _says_something(current["content"]):
+        raise ValueError("the prompt is empty; ask something")
+
+    left = list(pictures)
+    wanted = sum(_places(message, bool(left)) for message in messages)
+    own = _places(current, bool(left))
+    if isinstance(prompt, str) and left:
+        place_images(prompt, len(left) - wanted)  # it checks the number of marks
+    if own == 0 and len(left) > wanted:
+        own = len(left) - wanted
+        if not isinstance(current["content"], str):
+            # The same layout as in front of a string.
+            front: list[Any] = list(marked_parts("", left[wanted:]))
+            front = [{"type": "image"} if part["type"] == "image" else part for part in front]
+            current = {**current, "content": [*front, *current["content"]]}
+    if wanted + own != len(left):
+        raise ValueError(
+            f"{wanted + own} places for pictures in the conversation ({wanted} of them in the history), but "
+            f"{len(left)} pictures; images are all pictures of the conversation, as many as places"
+        )
+    filled = []
+    for message in messages:
+        count = _places(message, bool(pictures))
+        filled.append(_filled(message, left[:count]))
+        left = left[count:]
+    turn = _filled(current, left)
+    if not isinstance(prompt, str):
+        return filled, turn, current["content"]
+    if isinstance(turn["content"], str):
+        # Without a picture the word `<image>` is a word, and must stay one when a later turn brings pictures.
+        return filled, turn, [{"type": "text", "text": prompt}] if IMAGE_MARK in prompt else prompt
+    marked = (part["text"] if part["type"] == "text" else IMAGE_MARK for part in turn["content"])
+    return filled, turn, "".join(marked)
+
+
+def _history_messages(history: Sequence[Any] | None) -> list[dict[str, Any]]:
+    if history is None:
+        return []
+    if isinstance(history, (str, bytes, Mapping)) or not isinstance(history, Sequence):
+        raise ValueError(
+            f"history must be a list of (prompt, answer) pairs or of messages, not {type(history).__name__}"
+        )
+    if not history:
+        return []
+    if _is_pair(history) and all(isinstance(item, str) for item in history):
+        raise ValueError("history must be a list of (prompt, answer) pairs: put this one pair into a list")
+    pairs = [_is_pair(turn) for turn in history]
+    if all(pairs) and all(isinstance(turn[0], str) and turn[0].lower() in _ROLES for turn in history):
+        raise ValueError(
+            f"history has (role, text) pairs, the first by {history[0][0]!r}; write messages "
+            "{'role': .., 'content': ..}, or (prompt, answer) pairs"
+        )
+    for number, turn in enumerate(history, start=1):
+        content = turn[0] if _is_pair(turn) else turn.get("content") if isinstance(turn, Mapping) else None
+        if isinstance(content, tuple) and content and all(isinstance(entry, str) for entry in content):
+            # Parts may be strings, but a tuple of them is how Gradio keeps a file; its path is no text.
+            raise ValueError(
+                f"entry {number} of the history holds {content!r}: a file is a part "
+                f"{{'type': 'image', 'image': {content[0]!r}}}, and several texts are a list"
+            )
+    if not any(pairs):
+        if not all(isinstance(turn, Mapping) or hasattr(turn, "role") for turn in history):
+            raise ValueError(
+                "history must be a list of (prompt, answer) pairs or of messages {'role', 'content'}; "
+                f"its first entry is {str(history[0])[:80]!r}"
+            )
+        return read_messages(list(history))
+    messages: list[dict[str, Any]] = []
+    for number, (turn, is_pair) in enumerate(zip(history, pairs, strict=True), start=1):
+        if not is_pair:
+            raise ValueError(f"history mixes (prompt, answer) pairs with other things: entry {number} is no pair")
+        asked, answered = turn
+        if not isinstance(answered, str):
+            raise ValueError(f"turn {number} of the history has no answer: its second entry is {answered!r}, no string")
+        if not isinstance(asked, str) and not isinstance(asked, (list, tuple)):
+            raise ValueError(f"turn {number} of the history has no prompt: its first entry is {asked!r}, no string")
+        messages += [{"role": "user", "content": asked}, {"role": "assistant", "content": answered}]
+    return read_messages(messages)
+
+
+def _is_pair(turn: Any) -> bool:
+    return isinstance(turn, (list, tuple)) and len(turn) == 2 and not isinstance(turn[0], Mapping)
+
+
+def _says_something(content: Any) -> bool:
+    if isinstance(content, str):
+        return bool(content.strip())
+    return any(part["type"] != "text" or part["text"].strip() for part in content)
+
+
+def _places(message: dict[str, Any], marks_count: bool) -> int:
+    """Places for pictures that are given elsewhere: image parts that hold none, and in a user's string its marks."""
+    content = message["content"]
+    if isinstance(content, str):
+        return content.count(IMAGE_MARK) if marks_count and message["role"] == "user" else 0
+    return sum(part["type"] == "image" and "image" not in part for part in content or ())
+
+
+def _filled(message: dict[str, Any], pictures: list[Any]) -> dict[str, Any]:
+    """The message with its pictures in their places."""
+    content = message["content"]
+    if isinstance(content, str):
+        return {**message, "content": marked_parts(content, pictures)} if pictures else message
+    left = iter(pictures)
+    parts = [
+        {**part, "image": next(left)} if part["type"] == "image" and "image" not in part else part for part in content
+    ]
+    return {**message, "content": parts}
+
+
+def grown_history(history: Sequence[Any] | None, asked: Any, answer: str) -> History:
+    """The history with this turn, in its form."""
+    given = list(history or [])
+    if given and not _is_pair(given[0]):
+        return [*given, {"role": "user", "content": asked}, {"role": "assistant", "content": answer}]
+    return [*(tuple(turn) for turn in given), (asked, answer)]
