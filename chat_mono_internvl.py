@@ -1,8 +1,4 @@
-"""`model.chat(images, prompt)`: pictures and a question in, an answer out.
-
-    chat            conversation -> inputs -> `generate` -> text
-    generation      what a caller may say about it, checked by name
-    evaluating      the model's mode while it answers
+"""`model.chat(images, prompt)`: conversation -> inputs -> `generate` -> text.
 
 Nothing that is passed in is changed, consumed or kept: the model's dtype and mode, configurations, histories, files.
 """

@@ -1,12 +1,20 @@
-"""A history, a prompt and pictures -> messages with every picture in its place; and the history with one turn more.
+"""Where each picture of a conversation stands.
+
+    conversation          `chat`: history + prompt + pictures -> messages, every picture in its place
+    grown_history         the history with one turn more
+    read_conversations    `apply_chat_template`: messages -> plain ones, and each picture with its place
+    marked_conversation   (prompt, answer) pairs with `<image>` marks + pictures -> messages
 
 Nothing that is passed in is changed.
 """
 
+import functools
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from .prompt_mono_internvl import IMAGE_MARK, marked_parts, place_images, read_messages
+from .chat_template_mono_internvl import template_reads
+from .image_processing_mono_internvl import flatten_pictures
+from .prompt_mono_internvl import IMAGE_MARK, check_message_keys, marked_parts, place_images, read_messages
 
 
 # As messages name their speakers, and others' code too.
@@ -154,3 +162,109 @@ def grown_history(history: Sequence[Any] | None, asked: Any, answer: str) -> His
     if given and not _is_pair(given[0]):
         return [*given, {"role": "user", "content": asked}, {"role": "assistant", "content": answer}]
     return [*(tuple(turn) for turn in given), (asked, answer)]
+
+
+# ------------------------------------------------------------------------------------------ for the processor
+
+
+def list_conversations(conversation: Any) -> tuple[list[Any], bool]:
+    """One conversation or several as a list of them, and whether they were several."""
+    if hasattr(conversation, "messages"):
+        return [conversation], False
+    if isinstance(conversation, (str, bytes, Mapping)) or not hasattr(conversation, "__iter__"):
+        raise ValueError(f"a conversation is a list of messages, not {type(conversation).__name__}")
+    entries = list(conversation)
+    several = [hasattr(entry, "messages") or _is_sequence(entry) for entry in entries]
+    if any(several) and not all(several):
+        raise ValueError("several conversations are lists of messages; one of them is not")
+    return (entries, True) if any(several) else ([entries], False)
+
+
+def _is_sequence(value: Any) -> bool:
+    return not isinstance(value, (str, bytes, Mapping)) and hasattr(value, "__iter__") and not hasattr(value, "role")
+
+
+def read_conversations(
+    conversations: Sequence[Any], batched: bool, images: Any, source: str
+) -> list[tuple[list[dict[str, Any]], list[tuple[str, Any]]]]:
+    """Plain messages of each conversation, with a part for each picture, and where the pictures stand and what they
+    are (None where that is not said)."""
+    read = [read_messages(messages) for messages in conversations]
+    for messages in read:
+        check_message_keys(messages, functools.partial(template_reads, source))
+    found = [_take_images(messages) for messages in read]
+    if images is None:
+        return found
+    groups = [images]
+    if batched:
+        if not isinstance(images, (list, tuple)) or len(images) != len(found):
+            raise ValueError(f"images must be one list per conversation, {len(found)} of them")
+        groups = list(images)
+    filled = []
+    for (messages, sources), group in zip(found, groups, strict=True):
+        left = [] if group is None else flatten_pictures(group)
+        wanted = sum(picture is None for _, picture in sources)
+        if wanted != len(left):
+            raise ValueError(f"{wanted} image parts without a picture for {len(left)} images; they must match")
+        given = iter(left)
+        filled.append((messages, [(at, next(given) if picture is None else picture) for at, picture in sources]))
+    return filled
+
+
+def _take_images(messages: list[dict[str, Any]]) -> tuple[list[dict[str, Any]], list[tuple[str, Any]]]:
+    """Plain messages whose image parts hold nothing but their type, one for each picture; and where each picture stands
+    and what it is, None where its part does not say.
+
+    Raises:
+        ValueError: a part holds an empty list of pictures.
+    """
+    pictures: list[tuple[str, Any]] = []
+    plain = []
+    for number, message in enumerate(messages, start=1):
+        if isinstance(message["content"], str):
+            plain.append(message)
+            continue
+        parts: list[Any] = []
+        for place, part in enumerate(message["content"], start=1):
+            if part["type"] != "image":
+                parts.append(part)
+                continue
+            where = f"message {number} ({message['role']}), part {place}"
+            held = flatten_pictures(part["image"]) if "image" in part else [None]
+            if not held:
+                raise ValueError(f"{where}: it holds no picture")
+            parts += [{"type": "image"} for _ in held]
+            pictures += [(where, picture) for picture in held]
+        plain.append({**message, "content": parts})
+    return plain, pictures
+
+
+def check_given(pictures: Sequence[tuple[str, Any]], where: str) -> None:
+    """Raise ValueError where a part for a picture, by its place, has none; `where` says of which conversation."""
+    for place, picture in pictures:
+        if picture is None:
+            raise ValueError(
+                f"{where}{place}: an image part needs one of 'image', 'url', 'path' and 'base64', or images="
+            )
+
+
+def marked_conversation(turns: Sequence[tuple[str, str | None]], images: Sequence[Any]) -> list[dict[str, Any]]:
+    """(prompt, answer) pairs, whose prompts mark pictures by `<image>`, to messages; an answer of None is left out.
+
+    Without pictures the mark is a word.
+
+    Raises:
+        ValueError: marks and pictures differ in number.
+    """
+    marks = sum(prompt.count(IMAGE_MARK) for prompt, _ in turns)
+    if images and marks != len(images):
+        raise ValueError(f"{marks} {IMAGE_MARK} marks for {len(images)} pictures; they must match")
+    left, messages = list(images), []
+    for prompt, answer in turns:
+        count = prompt.count(IMAGE_MARK) if images else 0
+        content = marked_parts(prompt, left[:count])
+        left = left[count:]
+        messages.append({"role": "user", "content": content})
+        if answer is not None:
+            messages.append({"role": "assistant", "content": [{"type": "text", "text": answer}]})
+    return messages

@@ -13,7 +13,8 @@ import torch
 from ..common.files import read_json
 from ..configuration_mono_internvl import MonoInternVLConfig
 from ..image_processing_mono_internvl import MonoInternVLImageProcessor
-from ..processing_mono_internvl import MonoInternVLProcessor, load_image_processor
+from ..processing_mono_internvl import MonoInternVLProcessor
+from ..processor_loading_mono_internvl import load_image_processor
 from .files import (
     copy_licences,
     has_tokenizer,
