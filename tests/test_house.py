@@ -1,0 +1,100 @@
+"""The house: who may import whom, and how long a file that people read may be."""
+
+import ast
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+
+ROOT = Path(__file__).parent.parent
+# From the ground up: a room imports only what stands before it. Root files are named without `_mono_internvl`.
+FLOORS = (
+    *("tokenization", "compat", "tiling", "image_pixels", "image_files", "image_loading", "image_processing"),
+    *("configuration", "vocabulary", "prompt", "chat_template", "conversation", "encoding"),
+    *("processing_options", "processor_loading", "processing", "weight_mapping", "loading"),
+    *("attention", "rope", "vision", "training_mono_internvl", "generation", "streaming", "chat", "modeling"),
+    *("common", "plates", "conversion", "evaluation", "training", "serving", "benchmarks", "cli"),
+)
+ROOT_FILES = sorted(ROOT.glob("*_mono_internvl.py"))
+
+
+def room(parts: tuple[str, ...]) -> str | None:
+    """The room of a module, by its path inside the package."""
+    if not parts:
+        return None
+    if not parts[0].endswith("_mono_internvl"):
+        return parts[0] if (ROOT / parts[0] / "__init__.py").exists() else None
+    return parts[0] if parts[0] == "training_mono_internvl" else parts[0].removesuffix("_mono_internvl")
+
+
+def imports(path: Path) -> Iterator[tuple[int, tuple[str, ...]]]:
+    """(line, path inside the package) of what a file imports of the project, inside of functions too.
+
+    Imports for type checkers alone are none: a configuration names the model that is made of it.
+    """
+    tree = ast.parse(path.read_text(encoding="utf-8"))
+    for_types = {
+        inner
+        for node in ast.walk(tree)
+        if isinstance(node, ast.If) and ast.unparse(node.test) == "TYPE_CHECKING"
+        for inner in ast.walk(node)
+    }
+    here = path.relative_to(ROOT).parent.parts
+    for node in ast.walk(tree):
+        if node in for_types:
+            continue
+        if isinstance(node, ast.ImportFrom) and node.level:
+            base = here[: len(here) - node.level + 1]
+            inside = tuple(node.module.split(".")) if node.module else ()
+            for name in [()] if inside else [(alias.name,) for alias in node.names]:
+                yield node.lineno, (*base, *inside, *name)
+        elif isinstance(node, ast.ImportFrom) and node.module and node.module.split(".")[0] == "mono_internvl":
+            inside = tuple(node.module.split(".")[1:])
+            for name in [()] if inside else [(alias.name,) for alias in node.names]:
+                yield node.lineno, (*inside, *name)
+        elif isinstance(node, ast.Import):
+            for alias in node.names:
+                if alias.name.split(".")[0] in ("mono_internvl", "mono_internvl_cli"):
+                    name, *inside = alias.name.split(".")
+                    yield node.lineno, (*(("cli",) if name == "mono_internvl_cli" else ()), *inside)
+
+
+def sources() -> Iterator[tuple[str, Path]]:
+    for path in ROOT_FILES:
+        yield str(room((path.stem,))), path
+    for folder in FLOORS:
+        if (ROOT / folder).is_dir():
+            for path in sorted((ROOT / folder).rglob("*.py")):
+                yield folder, path
+
+
+def test_every_room_has_a_floor():
+    folders = {path.parent.name for path in ROOT.glob("*/__init__.py")} - {"tests"}
+    assert folders | {room((path.stem,)) for path in ROOT_FILES} == set(FLOORS)
+
+
+def test_imports_go_down():
+    """No circle, and nothing of the library hangs from its command line."""
+    arrows = set()
+    for name, path in sources():
+        for line, target in imports(path):
+            other = room(target)
+            if other is not None and other != name:
+                arrows.add((name, other))
+                assert FLOORS.index(other) < FLOORS.index(name), f"{path.relative_to(ROOT)}:{line} imports {other}"
+    assert {("modeling", "attention"), ("training", "modeling"), ("cli", "common")} <= arrows
+
+
+@pytest.mark.parametrize("path", ROOT_FILES, ids=lambda path: path.stem)
+def test_root_files_can_be_read(path):
+    text = path.read_text(encoding="utf-8")
+    lines, most = len(text.splitlines()), 700 if path.stem == "modeling_mono_internvl" else 450
+    assert lines <= most, f"{path.name} has {lines} lines of at most {most}: make another file"
+    for node in ast.walk(ast.parse(text)):
+        if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
+            first = node.body[0]
+            documented = ast.get_docstring(node, clean=False) is not None
+            doc = (first.end_lineno or 0) - first.lineno + 1 if documented else 0
+            lines = (node.end_lineno or 0) - node.lineno + 1 - doc
+            assert lines <= 60, f"{path.name}: {node.name} has {lines} lines of at most 60, its docstring not counted"
