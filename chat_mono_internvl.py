@@ -20,7 +20,7 @@ from transformers.generation.configuration_utils import GenerationConfig
 from transformers.generation.utils import GenerationMixin
 from transformers.utils import logging
 
-from .compat_mono_internvl import check_keywords
+from .compat_mono_internvl import check_keywords, cpu_has_bfloat16_units
 from .conversation_mono_internvl import History, conversation, grown_history
 from .image_processing_mono_internvl import flatten_pictures
 from .streaming_mono_internvl import AnswerStreamer, check_streamer, ended_on_failure
@@ -441,8 +441,3 @@ def evaluating(model: Any) -> Iterator[None]:
             else:
                 for module in trained:
                     module.training = True
-
-
-def cpu_has_bfloat16_units() -> bool:
-    """Whether matrix products in bfloat16 are fast on this CPU (x86 AMX or AVX512-BF16)."""
-    return any(getattr(torch.cpu, name, bool)() for name in ("_is_amx_tile_supported", "_is_avx512_bf16_supported"))

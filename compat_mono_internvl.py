@@ -6,6 +6,8 @@ causal_mask           `create_causal_mask` with the cache under the name that is
 update_cache          writing keys and values, also into the paged cache of continuous batching
 check_keywords, checked_keywords
                       an unknown keyword is an error that names the nearest known one, never swallowed
+cpu_has_bfloat16_units
+                      what only private names of torch say about this CPU
 """
 
 import dataclasses
@@ -181,3 +183,18 @@ def warn_if_untested(version: str = transformers.__version__) -> None:
 
 
 warn_if_untested()
+
+
+# torch has no public name for either. Where one is gone, "no units" would make every CPU compute in float32.
+_BFLOAT16_CHECKS = ("_is_amx_tile_supported", "_is_avx512_bf16_supported")
+
+
+def cpu_has_bfloat16_units() -> bool:
+    """Whether matrix products in bfloat16 are fast on this CPU (x86 AMX or AVX512-BF16)."""
+    gone = [name for name in _BFLOAT16_CHECKS if not hasattr(torch.cpu, name)]
+    if gone:
+        logger.warning_once(
+            f"torch {torch.__version__} has no torch.cpu.{' or '.join(gone)} any more: whether this CPU is fast in "
+            "bfloat16 is not known, and it is taken for slow; give a dtype yourself"
+        )
+    return any(getattr(torch.cpu, name)() for name in _BFLOAT16_CHECKS if name not in gone)

@@ -28,12 +28,13 @@ from transformers.utils.generic import can_return_tuple, merge_with_config_defau
 from transformers.utils.output_capturing import capture_outputs
 
 from .attention_mono_internvl import eager_attention_forward, last_queries, own_attention, packed_samples, prompt_mask
-from .chat_mono_internvl import AnswerStreamer, MonoInternVLChatMixin, cpu_has_bfloat16_units
+from .chat_mono_internvl import AnswerStreamer, MonoInternVLChatMixin
 from .compat_mono_internvl import (
     CACHE,
     CacheNames,
     cache_of,
     checked_keywords,
+    cpu_has_bfloat16_units,
     one_cache,
     register_causal_lm,
     update_cache,

@@ -14,9 +14,10 @@ from pathlib import Path
 import torch
 from safetensors import SafetensorError, safe_open
 
+from ..compat_mono_internvl import cpu_has_bfloat16_units
 from ..configuration_mono_internvl import MonoInternVLConfig
 from ..loading_mono_internvl import adapter_base, list_gaps, put_adapter
-from ..modeling_mono_internvl import MonoInternVLForCausalLM, cpu_has_bfloat16_units
+from ..modeling_mono_internvl import MonoInternVLForCausalLM
 from ..processing_mono_internvl import MonoInternVLProcessor
 
 
