@@ -188,7 +188,7 @@ class AnswerDecoder:
     """Ids of an answer -> its text up to a stop token, stripped, without control tokens.
 
     A character whose bytes have not all come is left out: the text of the first ids is always a beginning of the text
-    of all of them, so `partial` (more will follow) makes no difference.
+    of all of them.
     """
 
     def __init__(self, vocabulary: Vocabulary, stops: Iterable[int], *, keep_grounding_tags: bool):
@@ -197,7 +197,7 @@ class AnswerDecoder:
         if not keep_grounding_tags:
             self.dropped |= set(vocabulary.content.values())
 
-    def __call__(self, ids: Sequence[int], partial: bool = False) -> str:
+    def __call__(self, ids: Sequence[int]) -> str:
         return self.pieces().put(ids)
 
     def pieces(self) -> "AnswerPieces":

@@ -153,12 +153,13 @@ def both_experts(model: MonoInternVLForCausalLM, place: Place) -> MonoInternVLFo
         twin = MonoInternVLForCausalLM._from_config(
             model.config, dtype=place.dtype, attn_implementation=model.config._attn_implementation
         )
+        layers = twin.model.language_model.layers
+        for number in range(len(layers)):
+            layers[number] = BothExpertsLayer(twin.config.text_config, number).to(place.dtype)
     _adopt(twin, dict(model.named_parameters()), place, {"": ""})
     for path, module in model.named_modules():
         for name, buffer in module.named_buffers(recurse=False):
             setattr(twin.get_submodule(path), name, buffer)
-    for layer in twin.model.language_model.layers:
-        layer.__class__ = BothExpertsLayer
     return twin.eval()
 
 

@@ -1,6 +1,6 @@
 """Scores answers about the plate world: exact words, captions as multisets, boxes by overlap.
 
-score_answers([Record("color", "red", "Red."), Record("caption", "a red circle and a blue star", answer)])
+score_answers([("color", "red", "Red."), ("caption", "a red circle and a blue star", answer)])
 -> {"color": (1, 1), "caption": (0, 1)}
 """
 
@@ -9,20 +9,11 @@ from __future__ import annotations
 import re
 from collections import Counter
 from collections.abc import Iterable, Sequence
-from typing import NamedTuple
 
 from ..plates.words import COLORS, COUNT_WORDS, SHAPES
 
 
 BOX_IOU_THRESHOLD = 0.5
-
-
-class Record(NamedTuple):
-    """One question's outcome; a plain tuple of the three does as well."""
-
-    category: str
-    expected: str
-    given: str
 
 
 _COUNTS = {word: count for count, word in COUNT_WORDS.items()} | {"an": 1, "one": 1}
