@@ -1,4 +1,7 @@
-"""Shared test helpers: where the golden numbers lie, and a tiny model of our own."""
+"""What several test files share: where the golden numbers lie, a tiny model of our own and its prompts, pictures.
+
+Helpers of one subject that need further imports are in `helpers_*.py`; a test file imports no other test file.
+"""
 
 import io
 from pathlib import Path
@@ -17,6 +20,9 @@ from mono_internvl import (
     MonoInternVLProcessor,
 )
 
+
+# So that a failing assert in a helper says what it compared, as one in a test does.
+pytest.register_assert_rewrite("helpers_cli")
 
 ROOT = Path(__file__).resolve().parent.parent
 SHARED_GOLDEN = ROOT.parent / "shared" / "golden"
@@ -56,7 +62,7 @@ def tiny_config(**overrides) -> MonoInternVLConfig:
         **overrides.pop("text_config", {}),
     }
     vision = {"hidden_size": 16, "image_size": 56, **overrides.pop("vision_config", {})}
-    return MonoInternVLConfig(text_config=text, vision_config=vision, image_token_id=113, **overrides)
+    return MonoInternVLConfig(text_config=text, vision_config=vision, image_token_id=IMAGE, **overrides)
 
 
 def tiny_model(seed: int = 0, **overrides) -> MonoInternVLForCausalLM:
@@ -73,6 +79,22 @@ def tiny_model(seed: int = 0, **overrides) -> MonoInternVLForCausalLM:
 @pytest.fixture
 def tiny():
     return tiny_model()
+
+
+IMAGE = 113  # the placeholder of `tiny_config`
+# Row 0: text, two tiles of 4 tokens, text; row 1: text only, padded on the left.
+ROWS = torch.tensor(
+    [
+        [1, 7, 111, *[IMAGE] * 8, 112, 9, 15, 4],
+        [2, 2, 2, 1, 7, 8, 9, 10, 11, 12, 13, 14, 15, 16, 17],
+    ]
+)
+MASK = torch.tensor([[1] * 15, [0] * 3 + [1] * 12])
+
+
+def tiles(count: int = 2, seed: int = 1) -> torch.Tensor:
+    """Patches of tiles for `ROWS`, float32 [count, 4, 2352]."""
+    return torch.randn(count, 4, 3 * 28 * 28, generator=torch.Generator().manual_seed(seed))
 
 
 @pytest.fixture(scope="session")

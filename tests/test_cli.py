@@ -12,9 +12,9 @@ from pathlib import Path
 import pytest
 import torch
 from PIL import Image, ImageDraw
-from typer.testing import CliRunner
 
 from conftest import ROOT, tiny_config, tiny_model
+from helpers_cli import failure, run
 from mono_internvl import (
     MonoInternVLConfig,
     MonoInternVLForCausalLM,
@@ -32,7 +32,7 @@ from mono_internvl.evaluation import plates
 from mono_internvl.image_loading_mono_internvl import DEFAULT_MAX_PIXELS
 from mono_internvl.processing_mono_internvl import GroundedBox
 from mono_internvl.training import stages
-from mono_internvl_cli import app, common
+from mono_internvl_cli import common
 from mono_internvl_cli.chat import converse, split_words
 
 
@@ -43,20 +43,6 @@ benchmark_module, chat_module, convert_module, expand_module, train_module = (
 needs_nano = pytest.mark.skipif(
     not (ROOT / "model.safetensors").exists(), reason="the nano's model.safetensors is not in the repository yet"
 )
-
-
-def run(*arguments, **kwargs):
-    return CliRunner().invoke(app, [str(argument) for argument in arguments], **kwargs)
-
-
-def failure(*arguments, **kwargs) -> str:
-    """The error of a command that must fail with status 1 and exactly one line, and print no answer."""
-    result = run(*arguments, **kwargs)
-    assert result.exit_code == 1, result.output
-    assert result.stdout == ""
-    lines = result.stderr.splitlines()
-    assert len(lines) == 1 and lines[0].startswith("error: "), result.stderr
-    return lines[0]
 
 
 @pytest.fixture

@@ -2,10 +2,9 @@
 
 import pytest
 import torch
-from test_routing import MASK, ROWS, tiles
 from transformers import StaticCache
 
-from conftest import tiny_model
+from conftest import MASK, ROWS, tiles, tiny_model
 
 
 @pytest.fixture(autouse=True)

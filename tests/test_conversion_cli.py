@@ -3,8 +3,9 @@
 import json
 
 import pytest
-from test_cli import failure, run
-from test_conversion import dense_state, write_dense
+
+from helpers_cli import failure, run
+from helpers_dense import dense_state, write_dense
 
 
 OPTIONS = ("--tile-size", 56, "--vision-hidden-size", 16)

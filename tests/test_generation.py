@@ -3,9 +3,8 @@
 import pytest
 import torch
 import transformers.generation.utils as generation_utils
-from test_routing import IMAGE, MASK, ROWS, tiles
 
-from conftest import tiny_model
+from conftest import IMAGE, MASK, ROWS, tiles, tiny_model
 
 
 NEW = 12

@@ -6,8 +6,9 @@ from pathlib import Path
 
 import pytest
 
+from conftest import ROOT
 
-ROOT = Path(__file__).parent.parent
+
 # From the ground up: a room imports only what stands before it. Root files are named without `_mono_internvl`.
 FLOORS = (
     *("tokenization", "compat", "tiling", "image_pixels", "image_files", "image_loading", "image_processing"),
@@ -84,6 +85,21 @@ def test_imports_go_down():
                 arrows.add((name, other))
                 assert FLOORS.index(other) < FLOORS.index(name), f"{path.relative_to(ROOT)}:{line} imports {other}"
     assert {("modeling", "attention"), ("training", "modeling"), ("cli", "common")} <= arrows
+
+
+def test_no_test_file_imports_another():
+    """What two of them need is in `conftest.py` or in a `helpers_*.py`."""
+    files = {path.stem: path for path in (ROOT / "tests").glob("test_*.py")}
+    shared = {path.stem for path in (ROOT / "tests").glob("helpers_*.py")} | {"conftest"}
+    used = set()
+    for path in files.values():
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            names = [alias.name for alias in node.names] if isinstance(node, ast.Import) else []
+            names += [node.module or ""] if isinstance(node, ast.ImportFrom) else []
+            parts = {part for name in names for part in name.split(".")}
+            assert not parts & set(files), f"tests/{path.name}:{node.lineno} imports {parts & set(files)}"
+            used |= parts & shared
+    assert used == shared
 
 
 @pytest.mark.parametrize("path", ROOT_FILES, ids=lambda path: path.stem)

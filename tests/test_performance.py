@@ -4,14 +4,13 @@ import json
 
 import pytest
 import torch
-from test_routing import ROWS, tiles
 from torch.nn import functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import StaticCache
 
 import mono_internvl.benchmarks.suite as suite
-from conftest import tiny_config, tiny_model
+from conftest import ROWS, tiles, tiny_config, tiny_model
 from mono_internvl.benchmarks import flops, measure, peers, recipe, routing
 from mono_internvl.benchmarks.preprocess import per_tile_recipe, photograph, resizes
 from mono_internvl.image_processing_mono_internvl import MonoInternVLImageProcessor, unpatchify

@@ -3,24 +3,9 @@
 import pytest
 import torch
 
-from conftest import tiny_config, tiny_model
+from conftest import IMAGE, MASK, ROWS, tiles, tiny_config, tiny_model
 from mono_internvl import MonoInternVLForCausalLM
 from mono_internvl.modeling_mono_internvl import make_routing_plan
-
-
-IMAGE = 113
-# Row 0: text, two tiles of 4 tokens, text; row 1: text only, padded on the left.
-ROWS = torch.tensor(
-    [
-        [1, 7, 111, *[IMAGE] * 8, 112, 9, 15, 4],
-        [2, 2, 2, 1, 7, 8, 9, 10, 11, 12, 13, 14, 15, 16, 17],
-    ]
-)
-MASK = torch.tensor([[1] * 15, [0] * 3 + [1] * 12])
-
-
-def tiles(count=2, seed=1):
-    return torch.randn(count, 4, 3 * 28 * 28, generator=torch.Generator().manual_seed(seed))
 
 
 class Rows:

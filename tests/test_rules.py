@@ -2,11 +2,11 @@
 
 import ast
 from collections.abc import Iterator
-from pathlib import Path
 from typing import Any
 
+from conftest import ROOT
 
-ROOT = Path(__file__).parent.parent
+
 OUTSIDE = ("tests", "examples", "build")
 SOURCES = [
     path

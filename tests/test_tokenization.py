@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import os
 import random
-import struct
 import subprocess
 import sys
 from pathlib import Path
@@ -15,6 +14,7 @@ import pytest
 from tokenizers import Tokenizer
 from transformers import AutoTokenizer
 
+from helpers_sentencepiece import NORMAL_PIECES, bytes_field, number_field, piece_field, small_model
 from mono_internvl.plates.tokenizer import (
     PROMPT_PHRASES,
     SYSTEM_PROMPT,
@@ -43,50 +43,6 @@ needs_goldens = pytest.mark.skipif(not (MODEL_FILE.exists() and ENCODINGS.exists
 NAMED = ["<|plugin|>", "<|interpreter|>", "<|action_end|>", "<|action_start|>", "<|im_end|>", "<|im_start|>"]
 ADDED = ["<img>", "</img>", "<IMG_CONTEXT>", "<quad>", "</quad>", "<ref>", "</ref>", "<box>", "</box>"]
 SPECIALS = ["<unk>", "<s>", "</s>", *NAMED, *ADDED]
-
-
-# ----------------------------------------------------------------------------------------------------------------------
-# A SentencePiece file written by hand, field by field, independently of the reader
-# ----------------------------------------------------------------------------------------------------------------------
-
-
-def _varint(value: int) -> bytes:
-    out = b""
-    while value > 0x7F:
-        out, value = out + bytes([value & 0x7F | 0x80]), value >> 7
-    return out + bytes([value])
-
-
-def _block(number: int, payload: bytes) -> bytes:
-    return _varint(number << 3 | 2) + _varint(len(payload)) + payload
-
-
-def _number(number: int, value: int) -> bytes:
-    return _varint(number << 3) + _varint(value)
-
-
-def _piece(text: str, score: float, kind: PieceType) -> bytes:
-    fields = _block(1, text.encode()) + _varint(2 << 3 | 5) + struct.pack("<f", score)
-    return _block(1, fields if kind == PieceType.NORMAL else fields + _number(3, kind))
-
-
-NORMAL_PIECES = (SPACE, "a", "b", "c", "ab", f"{SPACE}a", f"{SPACE}ab", "abc", "1", "\n", "\0")
-
-
-def small_model(
-    *,
-    model_type: int = 2,
-    byte_pieces: tuple[str, ...] = BYTE_PIECES,
-    reserved: tuple[str, ...] = tuple(internlm2.RENAMED_PIECES),
-    extra: bytes = b"",
-    normalizer: bytes = _number(3, 0) + _number(4, 0),
-) -> bytes:
-    pieces = [_piece("<unk>", 0, PieceType.UNKNOWN)]
-    pieces += [_piece(text, 0, PieceType.CONTROL) for text in ("<s>", "</s>")]
-    pieces += [_piece(text, 0, PieceType.BYTE) for text in byte_pieces]
-    pieces += [_piece(text, -index, PieceType.NORMAL) for index, text in enumerate(NORMAL_PIECES)]
-    pieces += [_piece(text, 0, PieceType.USER_DEFINED) for text in ("cc", *reserved)]
-    return b"".join(pieces) + extra + _block(2, _number(3, model_type)) + _block(3, normalizer)
 
 
 @pytest.fixture
@@ -167,21 +123,24 @@ def test_reads_a_model_file(model_file: Path) -> None:
         (b"hello, this is a text file\n" * 9, "not a SentencePiece model"),
         (b'{"model": {}}', "not a SentencePiece model"),
         (b"PK\x03\x04 a zip file", "not a SentencePiece model"),
-        (_block(9, b"another message"), "holds no pieces"),
+        (bytes_field(9, b"another message"), "holds no pieces"),
         (b"version https://git-lfs.github.com/spec/v1\noid sha256:0\n", "Git LFS pointer"),
         (small_model()[:-3], "not a SentencePiece model"),
         (small_model(model_type=1), "unigram model; only BPE"),
         (small_model(byte_pieces=BYTE_PIECES[:-2]), r"lacks 2 of the 256 byte pieces \(<0xFE>"),
-        (small_model(extra=_piece("", -1, PieceType.NORMAL)), "is empty or has no score"),
-        (small_model(extra=_block(1, _block(1, b"\xff\xfe"))), "piece 277"),
-        (small_model(extra=_piece("ab", -1, PieceType.NORMAL)), "more than once"),
-        (small_model(extra=_piece("<img>", -1, PieceType.NORMAL)), "<img>"),
-        (small_model(extra=_piece("zz", -1, PieceType.UNUSED)), "UNUSED"),
+        (small_model(extra=piece_field("", -1, PieceType.NORMAL)), "is empty or has no score"),
+        (small_model(extra=bytes_field(1, bytes_field(1, b"\xff\xfe"))), "piece 277"),
+        (small_model(extra=piece_field("ab", -1, PieceType.NORMAL)), "more than once"),
+        (small_model(extra=piece_field("<img>", -1, PieceType.NORMAL)), "<img>"),
+        (small_model(extra=piece_field("zz", -1, PieceType.UNUSED)), "UNUSED"),
         (small_model(reserved=("[UNUSED_TOKEN_141]",)), r"\[UNUSED_TOKEN_142\], .* are missing"),
-        (small_model(normalizer=_number(3, 0)), "remove_extra_whitespaces"),
-        (small_model(normalizer=_number(3, 0) + _number(4, 0) + _number(5, 0)), "escape_whitespaces"),
-        (small_model(normalizer=_number(3, 0) + _number(4, 0) + _block(2, b"map")), "normaliser other than identity"),
-        (small_model(extra=_block(2, _number(24, 1))), "treat_whitespace_as_suffix"),
+        (small_model(normalizer=number_field(3, 0)), "remove_extra_whitespaces"),
+        (small_model(normalizer=number_field(3, 0) + number_field(4, 0) + number_field(5, 0)), "escape_whitespaces"),
+        (
+            small_model(normalizer=number_field(3, 0) + number_field(4, 0) + bytes_field(2, b"map")),
+            "normaliser other than identity",
+        ),
+        (small_model(extra=bytes_field(2, number_field(24, 1))), "treat_whitespace_as_suffix"),
     ],
 )
 def test_bad_files_are_named_in_the_error(tmp_path: Path, data: bytes, message: str) -> None:
@@ -219,7 +178,7 @@ def test_small_model(model_file: Path) -> None:
 def test_llama_s_prefix(tmp_path: Path) -> None:
     """A space before the text, as SentencePiece puts it there, and none of its own when decoded."""
     path = tmp_path / "tokenizer.model"
-    path.write_bytes(small_model(reserved=(), normalizer=_number(4, 0)))
+    path.write_bytes(small_model(reserved=(), normalizer=number_field(4, 0)))
     tokenizer = build_tokenizer(path, added=("<|im_end|>",))
     encode = lambda text: tokenizer.encode(text, add_special_tokens=False).tokens  # noqa: E731
     assert encode("ab") == [f"{SPACE}ab"] and encode(" ab") == [SPACE, f"{SPACE}ab"] and encode("") == []
