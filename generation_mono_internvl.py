@@ -63,8 +63,7 @@ class MonoInternVLGenerationMixin(GenerationMixin):
         found = super()._get_logits_processor(generation_config, *args, **kwargs)  # type: ignore[misc]
         stops = generation_config.eos_token_id
         stops = set(stops) if isinstance(stops, (list, tuple)) else {stops}
-        image_token = self.config.image_token_id  # type: ignore[attr-defined]
-        forbidden = [token for token in (image_token - 2, image_token - 1, image_token) if token not in stops]
+        forbidden = [token for token in self.config.image_token_ids if token not in stops]  # type: ignore[attr-defined]
         device = self.device.type if self.device.type != "meta" else "cpu"  # type: ignore[attr-defined]
         found.append(SuppressPlaceholders(forbidden, device=device))
         return found

@@ -188,8 +188,7 @@ def make_prompt(config: MonoInternVLConfig, visual: int, text: int, place: Place
     per_tile = config.vision_config.tokens_per_tile
     tiles = visual // per_tile
     generator = torch.Generator().manual_seed(1)
-    low = max(0, config.image_token_id - 2)
-    words = torch.randint(3, low, (batch, text), generator=generator)
+    words = torch.randint(3, config.image_start_token_id, (batch, text), generator=generator)
     picture = torch.full((batch, tiles * per_tile), config.image_token_id)
     ids = torch.cat([words[:, : text // 4], picture, words[:, text // 4 :]], 1)
     pixels = torch.randn(batch * tiles, per_tile, PATCH_DIM, generator=generator)

@@ -20,7 +20,7 @@ def make_pack(config: Any, place: Place, rows: int) -> dict[str, torch.Tensor]:
     ids, positions, labels = [], [], []
     generator = torch.Generator().manual_seed(2)
     for visual, text in PACK:
-        words = torch.randint(3, config.image_token_id - 2, (text,), generator=generator)
+        words = torch.randint(3, config.image_start_token_id, (text,), generator=generator)
         sample = torch.cat([torch.full((visual,), config.image_token_id), words])
         ids.append(sample)
         positions.append(torch.arange(len(sample)))
