@@ -1,5 +1,6 @@
 """How a picture is cut: grid of tiles, thumbnail, 28-px patches. Numbers and tensors alone; each rule stands here once.
 
+    candidate_grids   the grids that a range of tiles allows, in the released order
     choose_grid       size of a picture -> (cols, rows), the grid of square tiles nearest to its aspect ratio
     count_tiles       its tiles, the thumbnail of the whole picture counted
     tokens_per_tile   visual tokens of a tile
@@ -53,7 +54,7 @@ def count_tiles(cols: int, rows: int, use_thumbnail: bool) -> int:
 
 
 @functools.lru_cache(maxsize=256)
-def _candidate_grids(min_tiles: int, max_tiles: int) -> tuple[tuple[int, int], ...]:
+def candidate_grids(min_tiles: int, max_tiles: int) -> tuple[tuple[int, int], ...]:
     """All (cols, rows) with min_tiles <= cols*rows <= max_tiles, ordered by their product.
 
     Grids of equal product keep the order in which CPython walks a set filled in this very sequence: that is how
@@ -89,7 +90,7 @@ def choose_grid(
     check_tile_range(min_tiles, max_tiles)
     aspect = width / height
     best, best_distance = (1, 1), float("inf")
-    for cols, rows in _candidate_grids(int(min_tiles), int(max_tiles)):
+    for cols, rows in candidate_grids(int(min_tiles), int(max_tiles)):
         distance = abs(aspect - cols / rows)
         covers_half = width * height > 0.5 * tile_size * tile_size * cols * rows
         if distance < best_distance or (distance == best_distance and covers_half):

@@ -34,13 +34,13 @@ from vllm.tokenizers.hf import get_cached_tokenizer
 from vllm.transformers_utils.config import HFConfigParser
 
 from ..configuration_mono_internvl import MonoInternVLConfig
-from ..processing_mono_internvl import IMAGE_TOKEN, MonoInternVLProcessor
+from ..processing_mono_internvl import MonoInternVLProcessor
 from ..tiling_mono_internvl import TILE_OPTIONS
 from .checkpoint import is_mono_internvl, serving_config, stop_token_ids
+from .requests import PLACEHOLDER, pictures_then_text, with_placeholders
 from .vllm_plugin import TOKENIZER_MODE
 
 
-PLACEHOLDER = f"<img>{IMAGE_TOKEN}</img>"
 PICTURE_OPTIONS = (*TILE_OPTIONS, "max_pixels")
 
 
@@ -145,40 +145,15 @@ class ChatRenderer(HfRenderer):
         params = replace(params, chat_template_kwargs={**params.chat_template_kwargs, "tokenize": True})
         if params.chat_template_content_format == "string" and params.chat_template is None:
             # As a string vLLM's own placeholders would be typed text; the template makes the same of parts.
-            messages = [_pictures_then_text(message) for message in messages]
+            messages = [pictures_then_text(message) for message in messages]
             params = replace(params, chat_template_content_format="openai")
         return messages, params
 
     def _tokenize_singleton_prompt(self, prompt, params):  # type: ignore[no-untyped-def]
-        return super()._tokenize_singleton_prompt(_with_places(prompt), params)
+        return super()._tokenize_singleton_prompt(with_placeholders(prompt), params)
 
     async def _tokenize_singleton_prompt_async(self, prompt, params):  # type: ignore[no-untyped-def]
-        return await super()._tokenize_singleton_prompt_async(_with_places(prompt), params)
-
-
-def _pictures_then_text(message: Any) -> Any:
-    """What the content format "string" means: the pictures, and the texts as lines."""
-    content = message.get("content") if isinstance(message, dict) else None
-    if not isinstance(content, (list, tuple)):
-        return message
-    texts: list[Any] = []
-    others: list[Any] = []
-    for part in content:
-        is_text = isinstance(part, str) or (isinstance(part, dict) and isinstance(part.get("text"), str))
-        (texts if is_text else others).append(part)
-    joined = "\n".join(part if isinstance(part, str) else part["text"] for part in texts)
-    return {**message, "content": [*others, *([{"type": "text", "text": joined}] if texts else [])]}
-
-
-def _with_places(prompt: Any) -> Any:
-    """A raw prompt whose `<image>` marks are as many as its pictures, with the model's placeholders instead."""
-    text, pictures = prompt.get("prompt"), (prompt.get("multi_modal_data") or {}).get("image")
-    if not isinstance(text, str) or pictures is None or IMAGE_TOKEN in text:
-        return prompt
-    several = isinstance(pictures, (list, tuple)) or getattr(pictures, "ndim", 0) == 4
-    if text.count("<image>") != (len(pictures) if several else 1):
-        return prompt
-    return {**prompt, "prompt": text.replace("<image>", PLACEHOLDER)}
+        return await super()._tokenize_singleton_prompt_async(with_placeholders(prompt), params)
 
 
 # ------------------------------------------------------------------------------------------------------------ pictures

@@ -35,7 +35,8 @@ from vllm.sequence import IntermediateTensors
 from ..configuration_mono_internvl import MonoInternVLConfig, MonoInternVLTextConfig
 from ..vision_mono_internvl import MonoInternVLMultiModalProjector, MonoInternVLVisionEmbeddings
 from .checkpoint import native_weights
-from .vllm_input import PLACEHOLDER, LargestInputs, PictureInfo, PictureProcessor
+from .requests import PLACEHOLDER
+from .vllm_input import LargestInputs, PictureInfo, PictureProcessor
 
 
 class Routing(NamedTuple):

@@ -28,7 +28,7 @@ from mono_internvl.image_processing_mono_internvl import (
     patchify,
     unpatchify,
 )
-from mono_internvl.tiling_mono_internvl import _candidate_grids
+from mono_internvl.tiling_mono_internvl import candidate_grids
 
 
 GOLDEN = Path(__file__).parent / "golden" / "preprocess"
@@ -62,14 +62,14 @@ def test_grids_equal_the_released_models():
 @pytest.mark.parametrize("limits", GRIDS["candidate_ratios"])
 def test_candidates_keep_the_released_models_order(limits):
     low, high = map(int, limits.split(","))
-    assert [list(grid) for grid in _candidate_grids(low, high)] == GRIDS["candidate_ratios"][limits]
+    assert [list(grid) for grid in candidate_grids(low, high)] == GRIDS["candidate_ratios"][limits]
 
 
 def test_candidates_are_complete():
     for high in range(1, 41):
         for low in range(1, high + 1):
             all_grids = {(i, j) for i in range(1, high + 1) for j in range(1, high + 1) if low <= i * j <= high}
-            assert set(_candidate_grids(low, high)) == all_grids
+            assert set(candidate_grids(low, high)) == all_grids
 
 
 @pytest.mark.parametrize(

@@ -16,8 +16,8 @@ from transformers import (
     AutoModelForMultimodalLM,
 )
 
-from conftest import golden, tiny_config, tiny_model
-from mono_internvl import MonoInternVLConfig, MonoInternVLForCausalLM
+from conftest import golden, noise, tiny_config, tiny_model
+from mono_internvl import MonoInternVLConfig, MonoInternVLForCausalLM, MonoInternVLProcessor
 from mono_internvl.common.models import with_adapter
 
 
@@ -333,6 +333,15 @@ def adapter_folder(base, folder):
     return adapted.base_model.model.eval()
 
 
+def tiles_of_a_chat(model) -> int:
+    """How many tiles the model is given of a square picture; four and the thumbnail where its processor allows four."""
+    seen: list[int] = []
+    handle = model.model.vision_embeddings.register_forward_pre_hook(lambda module, args: seen.append(len(args[0])))
+    model.chat(noise(112, 112), "What?", max_new_tokens=1)
+    handle.remove()
+    return seen[0]
+
+
 @pytest.mark.parametrize("auto_class", [MonoInternVLForCausalLM, AutoModel])
 def test_a_folder_of_adapters_is_loaded_over_its_base(tmp_path, auto_class):
     base, folder = tmp_path / "base", tmp_path / "adapter"
@@ -341,7 +350,15 @@ def test_a_folder_of_adapters_is_loaded_over_its_base(tmp_path, auto_class):
     ids = torch.tensor([[5, 6, 7]])
     loaded = auto_class.from_pretrained(folder).eval()
     torch.testing.assert_close(loaded(input_ids=ids).logits, wanted(input_ids=ids).logits)
-    assert [place for place, _ in loaded._loaded_from] == [str(folder), str(base)]
+
+
+@pytest.mark.parametrize("auto_class", [MonoInternVLForCausalLM, AutoModel])
+def test_chat_takes_the_processor_of_the_adapters_folder_or_else_of_its_base(folder, tmp_path, auto_class):
+    adapter = tmp_path / "adapter"
+    adapter_folder(folder, adapter)
+    assert tiles_of_a_chat(auto_class.from_pretrained(adapter)) == 5
+    MonoInternVLProcessor.from_pretrained(folder, max_tiles=1).save_pretrained(adapter)
+    assert tiles_of_a_chat(auto_class.from_pretrained(adapter)) == 1
 
 
 @pytest.mark.parametrize(
@@ -452,10 +469,10 @@ def test_chat_takes_the_processor_of_the_models_revision(folder, tmp_path):
         settings = json.loads(path.read_text())
         (settings.get("image_processor") or settings)["max_tiles"] = 1
         path.write_text(json.dumps(settings))
-    for revision, tiles in (("main", 4), ("v1", 1)):
+    for revision, tiles in (("main", 5), ("v1", 1)):
         options = {"revision": revision, "cache_dir": str(tmp_path), "local_files_only": True}
         model = MonoInternVLForCausalLM.from_pretrained("me/tiny", **options)
-        assert model._load_processor().image_processor.max_tiles == tiles
+        assert tiles_of_a_chat(model) == tiles
 
 
 def test_label_smoothing_shifts_the_labels(tmp_path):

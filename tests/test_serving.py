@@ -19,6 +19,7 @@ from conftest import ROOT, golden, tiny_model
 from mono_internvl import MonoInternVLProcessor
 from mono_internvl.serving import check_vllm
 from mono_internvl.serving.checkpoint import is_mono_internvl, native_weights, serving_config, stop_token_ids
+from mono_internvl.serving.requests import pictures_then_text, with_placeholders
 from mono_internvl.serving.vllm_plugin import register
 
 
@@ -107,6 +108,23 @@ def test_chat_token_ids_refuse_what_is_no_conversation(processor):
 @pytest.mark.parametrize(("pictures", "share"), [(1, 12), (2, 6), (5, 2), (30, 1)])
 def test_pictures_share_the_tiles_of_a_request(processor, pictures, share):
     assert processor.share_tiles({"max_tiles": 12}, pictures)["max_tiles"] == share
+
+
+def test_marks_and_string_content_get_the_models_placeholders():
+    picture = Image.new("RGB", (4, 4))
+
+    def placed(text, images):
+        return with_placeholders({"prompt": text, "multi_modal_data": {"image": images}})["prompt"]
+
+    assert placed("<image> What?", picture) == "<img><IMG_CONTEXT></img> What?"
+    assert placed("<image><image>", [picture] * 2) == "<img><IMG_CONTEXT></img>" * 2
+    for text in ("<image> <image>", "<IMG_CONTEXT> and <image>", "none"):  # words, or refused by their number
+        assert placed(text, picture) == text
+    assert with_placeholders({"prompt": "<image>"}) == {"prompt": "<image>"}
+    parts = [{"type": "text", "text": "A"}, {"type": "image_pil", "image_pil": picture}, {"type": "text", "text": "B"}]
+    (first, last) = pictures_then_text({"role": "user", "content": parts})["content"]
+    assert first["type"] == "image_pil" and last == {"type": "text", "text": "A\nB"}
+    assert pictures_then_text({"role": "user", "content": "A"}) == {"role": "user", "content": "A"}
 
 
 # ---- the plugin and its check
@@ -211,26 +229,6 @@ def test_the_engines_tokenizer_can_be_pickled_and_is_its_own(processor):
         )
         found = threads.map(lambda _: tokenizer.apply_chat_template(messages), range(200))
         assert set(cut) == {7} and all(ids == expected for ids in found)
-
-
-@pytest.mark.vllm
-def test_marks_and_string_content_get_the_models_placeholders():
-    from mono_internvl.serving.vllm_input import _pictures_then_text, _with_places
-
-    picture = Image.new("RGB", (4, 4))
-
-    def placed(text, images):
-        return _with_places({"prompt": text, "multi_modal_data": {"image": images}})["prompt"]
-
-    assert placed("<image> What?", picture) == "<img><IMG_CONTEXT></img> What?"
-    assert placed("<image><image>", [picture] * 2) == "<img><IMG_CONTEXT></img>" * 2
-    for text in ("<image> <image>", "<IMG_CONTEXT> and <image>", "none"):  # words, or refused by their number
-        assert placed(text, picture) == text
-    assert _with_places({"prompt": "<image>"}) == {"prompt": "<image>"}
-    parts = [{"type": "text", "text": "A"}, {"type": "image_pil", "image_pil": picture}, {"type": "text", "text": "B"}]
-    (first, last) = _pictures_then_text({"role": "user", "content": parts})["content"]
-    assert first["type"] == "image_pil" and last == {"type": "text", "text": "A\nB"}
-    assert _pictures_then_text({"role": "user", "content": "A"}) == {"role": "user", "content": "A"}
 
 
 @pytest.mark.vllm

@@ -14,7 +14,7 @@ import torch
 import yaml
 from PIL import Image, ImageDraw
 from safetensors.torch import load_file
-from transformers import LlamaConfig, LlamaForCausalLM
+from transformers import LlamaConfig, LlamaForCausalLM, TrainingArguments
 
 from conftest import ROOT, load_golden, tiny_model
 from mono_internvl import MonoInternVLForCausalLM, MonoInternVLProcessor
@@ -463,7 +463,7 @@ def test_the_loss_is_the_golden_loss(variant_a):
     torch.testing.assert_close(loss, case["loss"][0], atol=1e-4, rtol=1e-4)
 
 
-def test_logits_are_made_where_something_is_learnt(folder, processor, data):
+def test_logits_are_made_where_something_is_learnt(tmp_path, folder, processor, data):
     """And the loss, sum and mean, is that of all logits."""
     assert learnt_places(torch.tensor([[-100, -100, 4, -100], [-100, -100, 4, 5]])).tolist() == [1, 2]
     assert learnt_places(torch.full((1, 4), -100)).tolist() == [0]
@@ -471,9 +471,9 @@ def test_logits_are_made_where_something_is_learnt(folder, processor, data):
         model = MonoInternVLForCausalLM.from_pretrained(folder)
         seen: list[int] = []
         model.lm_head.register_forward_hook(lambda module, inputs, logits, seen=seen: seen.append(logits.shape[1]))
-        trainer = EViPTrainer.__new__(EViPTrainer)
-        trainer._takes_pixels = True
-        loss = EViPTrainer.compute_loss(trainer, model, batch)
+        arguments = TrainingArguments(output_dir=str(tmp_path), use_cpu=True, report_to=[])
+        data_of = {"conversations": None, "batches": None, "micro_batches": None}
+        loss = EViPTrainer(model=model, args=arguments, **data_of).compute_loss(model, batch)
         torch.testing.assert_close(loss, loss_of(model, batch), atol=1e-6, rtol=0)
         assert seen[0] == len(learnt_places(batch["labels"])) < seen[1]
 
@@ -666,16 +666,16 @@ def test_killed_and_resumed_gives_the_same_losses_and_weights(tmp_path, folder, 
 
 
 def test_a_full_disk_leaves_the_checkpoint_before(tmp_path, folder, data, monkeypatch):
-    from mono_internvl.training.trainer import EViPTrainer
+    save, written = torch.save, []
 
-    saved = EViPTrainer._save_rng_state
+    def full(content, file, *args, **kwargs):
+        if Path(file).name == "rng_state.pth":
+            written.append(file)
+            if len(written) > 1:
+                raise OSError(28, "No space left on device")
+        save(content, file, *args, **kwargs)
 
-    def full(self, output_dir):
-        if self.state.global_step > 2:
-            raise OSError(28, "No space left on device")
-        saved(self, output_dir)
-
-    monkeypatch.setattr(EViPTrainer, "_save_rng_state", full)
+    monkeypatch.setattr(torch, "save", full)
     path = recipe(tmp_path, folder, data, save_steps=2)
     with pytest.raises(OSError, match="No space left"):
         run_stage(path, runs=tmp_path / "runs")
