@@ -9,7 +9,7 @@ import torch
 from PIL import Image
 from transformers import GenerationConfig, TextIteratorStreamer
 
-from conftest import tiny_model
+from conftest import exchanged_profile, tiny_model
 from mono_internvl.modeling_mono_internvl import cpu_has_bfloat16_units, place_images
 
 
@@ -242,14 +242,21 @@ def test_an_option_is_honoured_or_refused(chat, options, error, message):
         chat(RED, "Q", **options)
 
 
-def test_profiles_are_applied_when_asked_for(chat):
+def test_profiles_are_applied_when_asked_for(model, chat):
     """A profile of another colour space: with it the model is given other pixels."""
-    from PIL import ImageCms
 
-    profile = ImageCms.ImageCmsProfile(ImageCms.createProfile("sRGB"))
-    picture = Image.new("RGB", (60, 60), (200, 30, 30))
-    picture.info["icc_profile"] = profile.tobytes()
-    assert isinstance(chat([picture], "What?", convert_to_srgb=True), str)
+    def tiles(color, **options):
+        picture, seen = Image.new("RGB", (60, 60), color), []
+        picture.info["icc_profile"] = exchanged_profile()
+        handle = model.model.vision_embeddings.register_forward_pre_hook(lambda module, args: seen.append(args[0]))
+        chat([picture], "What?", max_new_tokens=1, **options)
+        handle.remove()
+        return seen[0].float()
+
+    red, green = (200, 30, 30), (30, 200, 30)
+    torch.testing.assert_close(tiles(red, convert_to_srgb=True), tiles(green), atol=0.05, rtol=0)
+    assert (tiles(red) - tiles(green)).abs().max() > 1
+    picture = Image.new("RGB", (60, 60), red)
     with pytest.raises(ValueError, match="convert_to_srgb"):
         chat([picture], "What?", convert_to_srgb="yes")
 

@@ -168,8 +168,8 @@ def test_python_m_runs_the_commands(tmp_path):
 @pytest.mark.parametrize("arguments", [("chat", "--modle", "x", "Hi"), ("paint",), ("inspect",), ("tiles", "a.png")])
 def test_wrong_usage_is_status_2(arguments):
     result = run(*arguments)
-    assert result.exit_code == 2
-    assert "Traceback" not in result.output
+    assert result.exit_code == 2 and result.stdout == ""
+    assert result.stderr.startswith("Usage: ") and "\nError: " in result.stderr
 
 
 def test_debug_raises(tmp_path):

@@ -69,7 +69,9 @@ def test_visual_embedding(variant_a):
 def test_rope(variant_a):
     data = load_golden("variant_a", "rope.safetensors")
     rope = variant_a.model.language_model.rotary_emb
-    for length in sorted({int(name.split(".")[0][3:]) for name in data if name.startswith("seq")}):
+    lengths = sorted({int(name.split(".")[0][3:]) for name in data if name.startswith("seq")})
+    assert lengths
+    for length in lengths:
         cos, sin = rope(torch.zeros(1), torch.arange(length)[None])
         torch.testing.assert_close(cos[0], data[f"seq{length}.cos"], atol=1e-5, rtol=1e-5)
         torch.testing.assert_close(sin[0], data[f"seq{length}.sin"], atol=1e-5, rtol=1e-5)

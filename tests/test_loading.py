@@ -2,11 +2,12 @@
 
 import json
 import logging
+import pickle
 import shutil
 
 import pytest
 import torch
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from transformers import (
     AutoConfig,
@@ -105,7 +106,7 @@ def test_a_pickle_never_runs_code(tmp_path, monkeypatch):
     folder = official_folder(tmp_path)
     (folder / "model.safetensors").unlink()
     torch.save({"x": Bomb()}, folder / "pytorch_model.bin")
-    with pytest.raises(Exception, match="(?i)weights_only|unpickl"):
+    with pytest.raises(pickle.UnpicklingError, match="weights_only"):
         MonoInternVLForCausalLM.from_pretrained(folder)
     assert not (tmp_path / "exploded").exists()
 
@@ -143,7 +144,7 @@ def test_corrupted_safetensors(tmp_path):
     whole = (folder / "model.safetensors").read_bytes()
     for spoilt in (whole[: len(whole) // 2], b"", b"\0" * 100):
         (folder / "model.safetensors").write_bytes(spoilt)
-        with pytest.raises(Exception, match="(?i)safetensor|header|deserializ|file"):
+        with pytest.raises(SafetensorError, match="deserializing header"):
             MonoInternVLForCausalLM.from_pretrained(folder)
 
 
@@ -154,15 +155,11 @@ def test_no_weights_at_all(tmp_path):
         MonoInternVLForCausalLM.from_pretrained(folder)
 
 
-def test_float16_warns(tmp_path, caplog):
+def test_float16_warns(tmp_path, caplog, monkeypatch):
     tiny_model().save_pretrained(tmp_path)
-    logger = logging.getLogger("transformers")
-    logger.propagate, old = True, logger.propagate
-    try:
-        with caplog.at_level(logging.WARNING):
-            model = MonoInternVLForCausalLM.from_pretrained(tmp_path, dtype=torch.float16)
-    finally:
-        logger.propagate = old
+    monkeypatch.setattr(logging.getLogger("transformers"), "propagate", True)
+    with caplog.at_level(logging.WARNING):
+        model = MonoInternVLForCausalLM.from_pretrained(tmp_path, dtype=torch.float16)
     assert "overflow to NaN" in caplog.text and model.dtype == torch.float16
     with pytest.raises(ValueError, match="float16"):
         model.chat(None, "hello")
@@ -532,9 +529,9 @@ def test_a_value_that_makes_no_model_is_named(values, message):
         MonoInternVLConfig(**values)
 
 
-def test_what_changes_nothing_in_a_configuration_is_said(caplog):
+def test_what_changes_nothing_in_a_configuration_is_said(caplog, monkeypatch):
+    monkeypatch.setattr(logging.getLogger("transformers"), "propagate", True)
     with caplog.at_level(logging.WARNING):
-        logging.getLogger("transformers").propagate = True
         MonoInternVLConfig(text_config={"hidden_sise": 64}, hidden_size=64)
         MonoInternVLConfig(text_config={"pad_token_id": -1})
         said = caplog.text

@@ -8,10 +8,11 @@ import sys
 import time
 from collections import Counter
 from itertools import combinations, pairwise
+from pathlib import Path
 
 import numpy as np
 import pytest
-from PIL import Image, ImageChops
+from PIL import Image, ImageChops, ImageFont
 
 from mono_internvl.evaluation.plates import Outcome, Results
 from mono_internvl.evaluation.scoring import box_iou, is_correct, parse_box, parse_caption, score_answers
@@ -186,12 +187,19 @@ def test_items_without_drawing_details_are_drawn_plain():
     assert ImageChops.difference(image.crop((130, 20, 190, 60)), Image.new("RGB", (60, 40), "white")).getbbox()
 
 
-def test_fonts_leave_out_the_held_out_ones():
-    families = training_fonts()
+def test_fonts_leave_out_the_held_out_ones(tmp_path):
+    data = ImageFont.load_default(24).font_bytes
+    held_out = [f"{name}-Own" for name in (*HELD_OUT_FONTS, "DejaVu-Serif", "STIX_Two")]
+    for name in (*held_out, "Own-Thin", "OwnEmoji", "Own-Plain", "Own-Bold"):
+        (tmp_path / f"{name}.ttf").write_bytes(data)
+    (tmp_path / "Own-Damaged.ttf").write_bytes(b"no font")
+    families = training_fonts((str(tmp_path),))
     assert families[0] == ("",)
-    for path in (path for family in families[1:] for path in family):
-        name = path.replace("\\", "/").rsplit("/", 1)[-1].lower().replace("-", "").replace("_", "")
-        assert not name.startswith(HELD_OUT_FONTS)
+    assert (str(tmp_path / "Own-Bold.ttf"), str(tmp_path / "Own-Plain.ttf")) in families
+    paths = [Path(path) for family in families[1:] for path in family]
+    assert sum(path.parent == tmp_path for path in paths) == 2
+    for path in paths:
+        assert not path.name.lower().replace("-", "").replace("_", "").startswith(HELD_OUT_FONTS)
 
 
 @pytest.mark.parametrize(
@@ -282,15 +290,13 @@ def test_box_is_relative_to_the_picture():
     assert answers == ["<ref>red circle</ref><box>[[100, 100, 300, 500]]</box>"]
 
 
-def test_drawing_speed_is_reported(plates, record_property, capsys):
+def test_drawing_does_not_hold_up_training(plates):
+    """Under a millisecond a picture on one core; the limit leaves room for slow machines."""
     rng = random.Random(5)
-    start = time.perf_counter()
+    start = time.process_time()
     for plate in plates:
         draw_plate(plate, rng)
-    milliseconds = (time.perf_counter() - start) / len(plates) * 1000
-    record_property("draw_plate_milliseconds", round(milliseconds, 3))
-    with capsys.disabled():
-        sys.stdout.write(f" [{milliseconds:.2f} ms a picture] ")
+    assert (time.process_time() - start) / len(plates) < 0.01
 
 
 def test_evaluation_set_is_balanced_repeatable_and_canonical():

@@ -300,11 +300,10 @@ def test_control_tokens_cannot_be_put_together_from_parts(nano):
     assert ids.count(nano.tokenizer.convert_tokens_to_ids("<|im_end|>")) == 3
 
 
-@pytest.mark.parametrize("text", HOSTILE[:20], ids=ascii)
+# `<image>` is a mark in these, and their number is checked: `test_conversation_counts_its_marks`.
+@pytest.mark.parametrize("text", [text for text in HOSTILE[:20] if "<image>" not in text], ids=ascii)
 def test_history_and_prompt_of_chat_stay_text(nano, text):
     turns = [(f"<image>\n{text}", text), (text, None)]
-    if "<image>" in text:
-        return
     ids = encode(nano, nano.conversation(turns, [picture()]), add_generation_prompt=True)["input_ids"]
     assert ids.count(nano.image_token_id) == 4
     assert ids.count(nano.tokenizer.convert_tokens_to_ids("<|im_start|>")) == 5
@@ -385,8 +384,9 @@ def random_text(rng):
 
 def test_ids_equal_those_of_the_whole_string(processor):
     """Where nobody types a control token, origin makes no difference: the joint BPE of the finished string."""
-    rng = random.Random(0)
-    for _ in range(100 if processor.tokenizer.vocab_size > 1000 else 300):
+    rng, compared = random.Random(0), 0
+    count = 100 if processor.tokenizer.vocab_size > 1000 else 300
+    for _ in range(count):
         messages = []
         for _ in range(rng.randint(1, 4)):
             role = rng.choice(["user", "assistant"])
@@ -400,7 +400,9 @@ def test_ids_equal_those_of_the_whole_string(processor):
         if rng.random() < 0.3:
             messages.insert(0, {"role": "system", "content": random_text(rng)})
         written = render(processor, messages, add_generation_prompt=True)
-        if any(token in written.replace(IMAGE, "") for token in (*CONTROL[:3], *CONTROL[3:7], *CONTROL[9:])):
+        harmless = render(processor, [{**message, "content": ""} for message in messages], add_generation_prompt=True)
+        typed = written.replace(IMAGE, "")
+        if any(typed.count(token) != harmless.count(token) for token in CONTROL):
             continue
         images = [part["image"] for m in messages if isinstance(m["content"], list) for part in m["content"]
                   if part["type"] == "image"]  # fmt: skip
@@ -408,6 +410,8 @@ def test_ids_equal_those_of_the_whole_string(processor):
         encoded = encode(processor, messages, add_generation_prompt=True)
         assert encoded["input_ids"] == expected["input_ids"][0]
         assert ("pixel_values" in encoded) == bool(images)
+        compared += 1
+    assert compared > 0.9 * count
 
 
 def test_ids_equal_the_tokenizers_own(processor):
@@ -730,7 +734,7 @@ def test_tile_options(tokenizer):
     processor = make(tokenizer, min_tiles=4, max_tiles=6)
     assert encode(processor, ask(picture(), "Q"))["pixel_values"].shape[0] == 5
     assert encode(processor, ask(picture(), "Q"), max_tiles=1)["pixel_values"].shape[0] == 1
-    assert encode(processor, ask(picture(), picture(), "Q"))["pixel_values"].shape[0] in (2, 8)
+    assert encode(processor, ask(picture(), picture(), "Q"))["pixel_values"].shape[0] == 8
     assert encode(processor, ask(*[picture()] * 3, "Q"), min_tiles=5)["pixel_values"].shape[0] == 9
     assert encode(processor, ask(picture(), "Q"), use_thumbnail=False)["pixel_values"].shape[0] == 4
     grouped = encode(processor, ask(picture(), "Q"), processor_kwargs={"images_kwargs": {"max_tiles": 1}})

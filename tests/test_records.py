@@ -344,7 +344,7 @@ def any_record(rng: random.Random, sources: list) -> tuple[dict, int]:
 
 
 def test_pictures_in_are_pictures_out_or_an_error(processor):
-    rng, used, refused = random.Random(0), 0, 0
+    rng, used, refused, encoded = random.Random(0), 0, 0, 0
     sources = [str(PLATE), BYTES, {"bytes": BYTES, "path": None}, Image.open(PLATE)]
     for _ in range(400):
         row, pictures = any_record(rng, sources)
@@ -359,7 +359,8 @@ def test_pictures_in_are_pictures_out_or_an_error(processor):
         if used % 10 == 0 and len(row) < 3:
             ids = encode_conversation(processor, messages, max_tiles=max(pictures, 1))["input_ids"]
             assert int((ids == processor.image_token_id).sum()) >= pictures * processor.tokens_per_tile
-    assert used > 100 and refused > 100
+            encoded += 1
+    assert used > 100 and refused > 100 and encoded > 10
 
 
 # --------------------------------------------------------------------------------------------------------------- files

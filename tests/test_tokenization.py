@@ -262,7 +262,8 @@ def test_save_leaves_only_the_two_files(model_file: Path, tmp_path: Path) -> Non
     config = json.loads((out / "tokenizer_config.json").read_text())
     assert config["extra_special_tokens"] == [*NAMED, *ADDED]
     assert config["tokenizer_class"] == "TokenizersBackend" and config["model_max_length"] == 77
-    assert all(isinstance(merge, str) for merge in json.loads((out / "tokenizer.json").read_text())["model"]["merges"])
+    merges = json.loads((out / "tokenizer.json").read_text())["model"]["merges"]
+    assert merges and all(isinstance(merge, str) for merge in merges)
     assert Tokenizer.from_file(str(out / "tokenizer.json")).to_str() == tokenizer.to_str()
 
 
@@ -408,7 +409,8 @@ def test_nano_vocab_size_limits() -> None:
     with pytest.raises(ValueError, match="add texts or take vocab_size="):
         train_nano_tokenizer([], vocab_size=100_000)
     assert train_nano_tokenizer([], vocab_size=512).get_vocab_size() == 512
-    assert all(builtin_texts())
+    texts = list(builtin_texts())
+    assert texts and all(texts)
 
 
 def test_nano_is_deterministic(tmp_path: Path) -> None:
