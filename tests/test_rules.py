@@ -1,7 +1,8 @@
 """A rule stands in one place: what may be written out only there is looked for in every other source file."""
 
 import ast
-from collections.abc import Iterator
+import re
+from collections.abc import Callable, Iterator
 from typing import Any
 
 from conftest import ROOT
@@ -15,14 +16,19 @@ SOURCES = [
 ]
 
 
-def nodes(kind: type[ast.AST], *, but: tuple[str, ...]) -> Iterator[tuple[str, Any]]:
-    """(place, node) of the nodes of a kind in the source files, except in `but`."""
+def nodes(kind: type[ast.AST]) -> Iterator[tuple[str, int, Any]]:
+    """(file, line, node) of the nodes of a kind in the source files."""
     for path in SOURCES:
-        name = path.relative_to(ROOT).as_posix()
-        if name not in but:
-            for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
-                if isinstance(node, kind):
-                    yield f"{name}:{getattr(node, 'lineno', 0)}", node
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            if isinstance(node, kind):
+                yield path.relative_to(ROOT).as_posix(), getattr(node, "lineno", 0), node
+
+
+def places_elsewhere(kind: type[ast.AST], matches: Callable[[Any], bool], *, home: tuple[str, ...]) -> list[str]:
+    """Where nodes match outside of the files that may hold them. Each of those must: else nothing is looked for."""
+    found = [(name, line) for name, line, node in nodes(kind) if matches(node)]
+    assert set(home) <= {name for name, _ in found}, f"the rule no longer finds what stands in {home}"
+    return [f"{name}:{line}" for name, line in found if name not in home]
 
 
 def test_the_walk_finds_the_sources():
@@ -32,12 +38,12 @@ def test_the_walk_finds_the_sources():
 
 def test_the_side_of_a_visual_token_stands_once():
     """28 px, its square and its values: `PATCH_SIZE` and `PATCH_DIM`. (The command line's help imports no library.)"""
-    allowed = ("tiling_mono_internvl.py", "cli/expand.py", "cli/tiles.py")
-    found = [
-        place
-        for place, node in nodes(ast.Constant, but=allowed)
-        if type(node.value) is int and node.value in (28, 28**2, 3 * 28**2)
-    ]
+
+    def is_a_size(node: ast.Constant) -> bool:
+        return type(node.value) is int and node.value in (28, 28**2, 3 * 28**2)
+
+    home = ("tiling_mono_internvl.py", "cli/expand.py", "cli/tiles.py")
+    found = places_elsewhere(ast.Constant, is_a_size, home=home)
     assert not found, f"write PATCH_SIZE or PATCH_DIM of tiling_mono_internvl: {found}"
 
 
@@ -52,32 +58,29 @@ def test_the_thumbnail_rule_stands_once():
             for part in ast.walk(node)
         )
 
-    found = [
-        place
-        for place, node in nodes(ast.BinOp, but=("tiling_mono_internvl.py",))
-        if isinstance(node.op, ast.Add) and asks_for_more_than_one(node.right)
-    ]
+    def adds_a_thumbnail(node: ast.BinOp) -> bool:
+        return isinstance(node.op, ast.Add) and asks_for_more_than_one(node.right)
+
+    found = places_elsewhere(ast.BinOp, adds_a_thumbnail, home=("tiling_mono_internvl.py",))
     assert not found, f"call count_tiles of tiling_mono_internvl: {found}"
 
 
 def test_the_names_of_tile_options_are_listed_once():
-    names = {"min_tiles", "max_tiles", "use_thumbnail"}
-    found = [
-        place
-        for place, node in nodes(ast.Tuple, but=("tiling_mono_internvl.py",))
-        if names <= {getattr(item, "value", None) for item in node.elts}
-    ]
+    def lists_them(node: ast.Tuple) -> bool:
+        return {"min_tiles", "max_tiles", "use_thumbnail"} <= {getattr(item, "value", None) for item in node.elts}
+
+    found = places_elsewhere(ast.Tuple, lists_them, home=("tiling_mono_internvl.py",))
     assert not found, f"write TILE_OPTIONS of tiling_mono_internvl: {found}"
 
 
 def test_control_ids_are_read_and_not_computed():
     """Where `<img>`, the turns' ends and the like stand is a field of the configuration or a token of the tokenizer."""
-    ids = ("image_token_id", "vocab_size", "image_token")
-    found = [
-        place
-        for place, node in nodes(ast.BinOp, but=("configuration_mono_internvl.py",))
-        if isinstance(node.op, (ast.Add, ast.Sub))
-        and isinstance(node.right, ast.Constant)
-        and ast.unparse(node.left).split(".")[-1] in ids
-    ]
+
+    def computes_an_id(node: ast.BinOp) -> bool:
+        """`x.image_token_id - 2`, `config["vocab_size"] - FROM_END` and the like."""
+        known = {"image_token_id", "vocab_size", "image_token"} & set(re.findall(r"\w+", ast.unparse(node.left))[-1:])
+        number = isinstance(node.right, ast.Constant) or ast.unparse(node.right).isupper()
+        return isinstance(node.op, (ast.Add, ast.Sub)) and bool(known) and number
+
+    found = places_elsewhere(ast.BinOp, computes_an_id, home=("configuration_mono_internvl.py",))
     assert not found, f"take it from the configuration or the tokenizer: {found}"
