@@ -4,6 +4,7 @@ Helpers of one subject that need further imports are in `helpers_*.py`; a test f
 """
 
 import io
+import os
 from pathlib import Path
 
 import numpy as np
@@ -143,3 +144,13 @@ def exchanged_profile() -> bytes:
     red, green = profile.find(b"rXYZ", 128), profile.find(b"gXYZ", 128)
     profile[red : red + 4], profile[green : green + 4] = b"gXYZ", b"rXYZ"
     return bytes(profile)
+
+
+class Bomb:
+    """Makes the folder `path` where its pickle is loaded with code."""
+
+    def __init__(self, path: Path):
+        self.path = str(path)
+
+    def __reduce__(self):
+        return os.mkdir, (self.path,)

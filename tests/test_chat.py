@@ -57,21 +57,15 @@ def test_history_equals_one_long_prompt(model, processor, chat):
     assert torch.equal(seen[0], inputs["input_ids"])
 
 
-def test_several_pictures_get_names_and_share_the_tiles(model, processor, chat):
-    shapes = []
-    handle = model.model.register_forward_pre_hook(
-        lambda m, args, kwargs: shapes.append(kwargs.get("pixel_values")), with_kwargs=True
-    )
+def test_several_pictures_get_names_and_share_the_tiles(model, chat, monkeypatch):
     encoded = []
     original = model.model.get_image_features
-    model.model.get_image_features = lambda pixel_values, **kw: (
-        encoded.append(pixel_values) or original(pixel_values, **kw)
+    monkeypatch.setattr(
+        model.model,
+        "get_image_features",
+        lambda pixel_values, **kw: encoded.append(pixel_values) or original(pixel_values, **kw),
     )
-    try:
-        _, history = chat([RED, BLUE], "Which?", return_history=True, max_tiles=2)
-    finally:
-        handle.remove()
-        model.model.get_image_features = original
+    _, history = chat([RED, BLUE], "Which?", return_history=True, max_tiles=2)
     assert history[0][0] == "Image-1: <image>\nImage-2: <image>\nWhich?"
     assert encoded[0].shape[0] == 2  # two pictures share two tiles
 

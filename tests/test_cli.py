@@ -3,7 +3,6 @@
 import ast
 import dataclasses
 import json
-import os
 import pickle
 import subprocess
 import sys
@@ -13,7 +12,7 @@ import pytest
 import torch
 from PIL import Image, ImageDraw
 
-from conftest import ROOT, tiny_config, tiny_model
+from conftest import ROOT, Bomb, tiny_config, tiny_model
 from helpers_cli import failure, run
 from mono_internvl import (
     MonoInternVLConfig,
@@ -412,18 +411,10 @@ def test_missing_shard(broken, folder):
     assert names[0] in failure("chat", "Hi", "--model", broken)
 
 
-class _Evil:
-    def __init__(self, path):
-        self.path = str(path)
-
-    def __reduce__(self):
-        return os.mkdir, (self.path,)
-
-
 def test_pickle_never_runs_code(broken, tmp_path):
     mark = tmp_path / "executed"
     for writer in (torch.save, lambda value, path: path.write_bytes(pickle.dumps(value))):
-        writer({"lm_head.weight": _Evil(mark)}, broken / "pytorch_model.bin")
+        writer({"lm_head.weight": Bomb(mark)}, broken / "pytorch_model.bin")
         assert str(broken) in failure("chat", "Hi", "--model", broken)
         assert not mark.exists()
 
@@ -497,7 +488,7 @@ def test_merge_writes_a_model_of_its_own(folder, adapter, picture, tmp_path):
     assert "no adapter_config.json" in failure("merge", folder, tmp_path / "other")
 
 
-def test_adapters_without_what_they_need_are_refused_by_name(folder, adapter, monkeypatch):
+def test_adapters_without_what_they_need_are_refused_by_name(adapter, monkeypatch):
     file = adapter / "adapter_config.json"
     written = json.loads(file.read_text())
 

@@ -9,14 +9,14 @@ from conftest import tiny_model
 from mono_internvl import compat_mono_internvl as compat
 
 
-def ids(model, length=9, seed=0):
+def ids(length=9, seed=0):
     generator = torch.Generator().manual_seed(seed)
     return torch.randint(4, 100, (1, length), generator=generator)
 
 
 @pytest.mark.parametrize("name", ["cache", "past_key_values"])
 def test_the_cache_is_known_by_both_names(tiny, name, recwarn):
-    row = ids(tiny)
+    row = ids()
     whole = tiny(input_ids=row).logits
     cache = DynamicCache(config=tiny.config.text_config)
     tiny(input_ids=row[:, :5], **{name: cache})
@@ -33,11 +33,11 @@ def test_the_cache_is_known_by_both_names(tiny, name, recwarn):
 def test_two_caches_are_an_error(tiny):
     caches = [DynamicCache(config=tiny.config.text_config) for _ in range(2)]
     with pytest.raises(ValueError, match="two names"):
-        tiny(input_ids=ids(tiny), cache=caches[0], past_key_values=caches[1])
+        tiny(input_ids=ids(), cache=caches[0], past_key_values=caches[1])
 
 
 def test_an_unknown_keyword_is_an_error_that_names_the_nearest(tiny):
-    row = ids(tiny)
+    row = ids()
     for forward in (tiny, tiny.model, tiny.model.language_model):
         with pytest.raises(TypeError, match="'attention_maks' .did you mean 'attention_mask'"):
             forward(input_ids=row, attention_maks=torch.ones_like(row))
@@ -66,7 +66,7 @@ def test_a_version_newer_than_the_newest_tested_one_is_said(monkeypatch):
 def test_continuous_batching_answers_as_generate(attention, count):
     model = tiny_model(seed=3)
     model.set_attn_implementation(attention)
-    prompts = [ids(model, length, seed)[0].tolist() for seed, length in enumerate((6, 11, 4))][:count]
+    prompts = [ids(length, seed)[0].tolist() for seed, length in enumerate((6, 11, 4))][:count]
     config = GenerationConfig(max_new_tokens=8, do_sample=False, eos_token_id=2, pad_token_id=2)
     wanted = [
         model.generate(torch.tensor([p]), generation_config=config, attention_mask=torch.ones(1, len(p)))[0, len(p) :]

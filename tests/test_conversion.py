@@ -19,7 +19,7 @@ from safetensors.torch import load_file, save_file
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
 from transformers import AutoConfig, AutoModel, AutoProcessor, LlamaConfig, LlamaForCausalLM
 
-from conftest import ROOT, golden, load_golden, tiny_model
+from conftest import ROOT, Bomb, golden, load_golden, tiny_model
 from helpers_dense import CONFIG, VOCABULARY, dense_state, write_dense
 from helpers_sentencepiece import small_model
 from mono_internvl import MonoInternVLForCausalLM, MonoInternVLImageProcessor, MonoInternVLProcessor
@@ -118,7 +118,7 @@ def test_every_form_of_source_gives_the_same_weights(tmp_path, dense, form):
     assert (tmp_path / "a" / "model.safetensors").read_bytes() == (tmp_path / "b" / "model.safetensors").read_bytes()
 
 
-def test_weights_are_taken_in_the_order_of_transformers(tmp_path, dense):
+def test_weights_are_taken_in_the_order_of_transformers(tmp_path):
     """One file before an index, safetensors before pickles; what it does not read is not read."""
     expected, other = dense_state(), {name: torch.zeros_like(tensor) for name, tensor in dense_state().items()}
     source = write_dense(tmp_path / "many")
@@ -158,7 +158,7 @@ def test_weights_that_nobody_would_read(tmp_path):
     expect(FileNotFoundError, r"bare holds 1 of the 2 shards", source, tmp_path)
 
 
-def test_old_pickles_are_read(tmp_path, dense):
+def test_old_pickles_are_read(tmp_path):
     state = dense_state()
     source = write_dense(tmp_path / "old")
     (source / "model.safetensors").unlink()
@@ -825,17 +825,12 @@ def test_unmerged_adapters_are_refused_with_the_way_out(tmp_path):
             job()
 
 
-class Bomb:
-    def __reduce__(self):
-        return (os.mkdir, ("exploded",))
-
-
 @pytest.mark.parametrize("zipped", [True, False])
-def test_a_pickle_never_runs_code(tmp_path, monkeypatch, zipped):
+def test_a_pickle_never_runs_code(tmp_path, zipped):
     source = write_dense(tmp_path / "dense")
     (source / "model.safetensors").unlink()
-    torch.save({"x": Bomb()}, source / "pytorch_model.bin", _use_new_zipfile_serialization=zipped)
-    monkeypatch.chdir(tmp_path)
+    content = {"x": Bomb(tmp_path / "exploded")}
+    torch.save(content, source / "pytorch_model.bin", _use_new_zipfile_serialization=zipped)
     expect(ValueError, r"pytorch_model.bin is refused: .*nothing in it was executed", source, tmp_path)
 
 

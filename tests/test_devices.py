@@ -160,7 +160,7 @@ def test_what_does_not_fit_stays_on_disk(processor, tmp_path):
 
 
 @pytest.mark.gpu
-def test_cpu_offload(processor):
+def test_cpu_offload():
     model = nano(device_map="auto", max_memory={0: 9_000_000, "cpu": "1GB"})
     assert set(model.hf_device_map.values()) == {0, "cpu"}
     assert model.chat(PLATE, QUESTION) == "orange"

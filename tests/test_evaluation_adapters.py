@@ -258,7 +258,7 @@ def test_lmms_eval_end_to_end(tmp_path):
 
 
 @needs("lmms_eval")
-def test_lmms_eval_gets_the_papers_prompts(monkeypatch):
+def test_lmms_eval_gets_the_papers_prompts():
     from lmms_eval.api.instance import Instance
 
     from mono_internvl.evaluation import lmms_eval as adapter
@@ -332,7 +332,7 @@ def test_vlmevalkit_end_to_end(tmp_path):
 
 
 @needs("vlmeval")
-def test_vlmevalkit_gets_the_papers_prompts(monkeypatch):
+def test_vlmevalkit_gets_the_papers_prompts():
     import pandas as pd
 
     from mono_internvl.evaluation import vlmevalkit as adapter

@@ -254,7 +254,7 @@ def test_the_result_is_not_bound_to_its_source(tmp_path):
     assert same(loaded, PICTURE)
 
 
-def test_loading_changes_nothing_of_the_process(tmp_path):
+def test_loading_changes_nothing_of_the_process():
     text = PngImagePlugin.PngInfo()
     text.add_text("workflow", "x" * 2_000_000, zip=True)
     sources = [
@@ -511,8 +511,8 @@ def test_the_preview_of_a_raw_file_is_not_the_picture():
         load_image(tiff(np.zeros((2, 8), int), 8, t254=1, t330=0))
 
 
-@pytest.mark.parametrize("white, bits", [(255, 8), (1023, 10), (4095, 12)])
-def test_values_of_fewer_bits_in_16_are_refused_by_name(white, bits):
+@pytest.mark.parametrize("white", [255, 1023, 4095], ids=["8 bits", "10 bits", "12 bits"])
+def test_values_of_fewer_bits_in_16_are_refused_by_name(white):
     values = np.array([[0, white // 2, white]], dtype=np.uint16)
     rgb = np.repeat(values[..., None], 3, -1)
     sources = [

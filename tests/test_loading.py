@@ -17,7 +17,7 @@ from transformers import (
     AutoModelForMultimodalLM,
 )
 
-from conftest import golden, noise, tiny_config, tiny_model
+from conftest import Bomb, golden, noise, tiny_config, tiny_model
 from mono_internvl import MonoInternVLConfig, MonoInternVLForCausalLM, MonoInternVLProcessor
 from mono_internvl.common.models import with_adapter
 
@@ -94,18 +94,10 @@ def test_pickled_checkpoints(tmp_path):
     assert same_weights(expected, MonoInternVLForCausalLM.from_pretrained(folder))
 
 
-class Bomb:
-    def __reduce__(self):
-        import os
-
-        return (os.mkdir, ("exploded",))
-
-
-def test_a_pickle_never_runs_code(tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
+def test_a_pickle_never_runs_code(tmp_path):
     folder = official_folder(tmp_path)
     (folder / "model.safetensors").unlink()
-    torch.save({"x": Bomb()}, folder / "pytorch_model.bin")
+    torch.save({"x": Bomb(tmp_path / "exploded")}, folder / "pytorch_model.bin")
     with pytest.raises(pickle.UnpicklingError, match="weights_only"):
         MonoInternVLForCausalLM.from_pretrained(folder)
     assert not (tmp_path / "exploded").exists()

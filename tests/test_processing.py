@@ -1237,7 +1237,7 @@ def test_a_folder_without_a_tokenizer(saved, tmp_path):
         MonoInternVLProcessor.from_pretrained(tmp_path)
 
 
-def test_a_tokenizer_of_another_model(tokenizer):
+def test_a_tokenizer_of_another_model():
     from tokenizers import Tokenizer, models
 
     other = transformers.PreTrainedTokenizerFast(tokenizer_object=Tokenizer(models.BPE()), eos_token="</s>")

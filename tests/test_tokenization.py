@@ -395,7 +395,7 @@ def test_nano_prompts_are_short(nano: Tokenizer) -> None:
     assert len(nano.encode("Where is the orange star?", add_special_tokens=False).ids) == 6
 
 
-def test_nano_learns_nothing_from_special_tokens(nano: Tokenizer) -> None:
+def test_nano_learns_nothing_from_special_tokens() -> None:
     tagged = [text for text in plate_world_texts(plates=20) if "<box>" in text]
     assert tagged
     bare = [text.replace("<ref>", "\n").replace("</ref>", "\n") for text in tagged]
