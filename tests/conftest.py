@@ -20,6 +20,7 @@ from mono_internvl import (
     MonoInternVLImageProcessor,
     MonoInternVLProcessor,
 )
+from mono_internvl.tokenization import convert_tokenizer
 
 
 # So that a failing assert in a helper says what it compared, as one in a test does.
@@ -27,6 +28,7 @@ pytest.register_assert_rewrite("helpers_cli")
 
 ROOT = Path(__file__).resolve().parent.parent
 SHARED_GOLDEN = ROOT.parent / "shared" / "golden"
+INTERNLM2_FILE = ROOT.parent / "shared" / "data" / "internlm2" / "tokenizer.model"
 # The part of the golden numbers that travels with the repository.
 LOCAL_GOLDEN = ROOT / "tests" / "golden"
 
@@ -108,6 +110,22 @@ def folder(tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("tiny")
     MonoInternVLForCausalLM(config).save_pretrained(folder)
     MonoInternVLProcessor(MonoInternVLImageProcessor(tile_size=56, max_tiles=4), tokenizer).save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def nano_processor() -> MonoInternVLProcessor:
+    """The bundled nano's own."""
+    return MonoInternVLProcessor.from_pretrained(ROOT)
+
+
+@pytest.fixture(scope="session")
+def internlm2_folder(tmp_path_factory) -> Path:
+    """A folder with the released tokenizer, converted; skips where its file is not."""
+    if not INTERNLM2_FILE.exists():
+        pytest.skip("needs InternLM2's tokenizer.model, which is not part of this repository")
+    folder = tmp_path_factory.mktemp("internlm2")
+    convert_tokenizer(INTERNLM2_FILE, folder)
     return folder
 
 

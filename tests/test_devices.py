@@ -8,7 +8,7 @@ from transformers import BitsAndBytesConfig, TorchAoConfig
 from transformers.integrations.executorch import TorchExportableModuleWithStaticCache
 
 from conftest import ROOT, golden, tiny_model
-from mono_internvl import MonoInternVLForCausalLM, MonoInternVLProcessor
+from mono_internvl import MonoInternVLForCausalLM
 
 
 PLATE, WIDE = ROOT / "examples" / "plate.png", ROOT / "examples" / "wide.png"
@@ -23,11 +23,6 @@ def needs(module: str):
 
 def nano(**options) -> MonoInternVLForCausalLM:
     return MonoInternVLForCausalLM.from_pretrained(ROOT, **{"dtype": torch.float32, **options}).eval()
-
-
-@pytest.fixture(scope="module")
-def processor():
-    return MonoInternVLProcessor.from_pretrained(ROOT)
 
 
 def encode(processor, picture, question):
@@ -91,7 +86,7 @@ def plain_linears(model) -> set[str]:
 
 
 @pytest.mark.parametrize("way", WAYS)
-def test_quantised_weights_answer_and_come_back_from_disk(way, processor, tmp_path):
+def test_quantised_weights_answer_and_come_back_from_disk(way, nano_processor, tmp_path):
     model = nano(dtype=torch.bfloat16, quantization_config=way())
     projector = {f"model.multi_modal_projector.linear_{i}" for i in (1, 2)}
     assert plain_linears(model) == {"lm_head", *projector}
@@ -100,7 +95,7 @@ def test_quantised_weights_answer_and_come_back_from_disk(way, processor, tmp_pa
     assert (tmp_path / "model.safetensors").stat().st_size < 0.7 * (ROOT / "model.safetensors").stat().st_size
     again = MonoInternVLForCausalLM.from_pretrained(tmp_path)
     assert plain_linears(again) == {"lm_head", *projector}
-    assert again.chat(PLATE, QUESTION, processor=processor) == "orange"
+    assert again.chat(PLATE, QUESTION, processor=nano_processor) == "orange"
 
 
 @needs("torchao")
@@ -149,13 +144,13 @@ def test_quantised_weights_on_a_gpu(way):
 # ------------------------------------------------------------------------------------------------------------- devices
 
 
-def test_what_does_not_fit_stays_on_disk(processor, tmp_path):
+def test_what_does_not_fit_stays_on_disk(nano_processor, tmp_path):
     model = nano(device_map="auto", max_memory={"cpu": 9_000_000}, offload_folder=tmp_path)
     assert set(model.hf_device_map.values()) == {"cpu", "disk"}
     # A layer is never split between devices: no entry reaches below one.
     layers = [name for name in model.hf_device_map if ".layers" in name]
     assert layers and all(name.removeprefix("model.language_model.layers").count(".") <= 1 for name in layers)
-    inputs = encode(processor, WIDE, "Describe the image.")
+    inputs = encode(nano_processor, WIDE, "Describe the image.")
     torch.testing.assert_close(model(**inputs).logits, nano()(**inputs).logits)
 
 
@@ -167,12 +162,12 @@ def test_cpu_offload():
 
 
 @pytest.mark.gpu
-def test_two_devices(processor):
+def test_two_devices(nano_processor):
     if torch.cuda.device_count() < 2:
         pytest.skip("needs two CUDA devices")
     model = nano(device_map="auto", max_memory={0: 12_000_000, 1: 20_000_000})
     assert set(model.hf_device_map.values()) == {0, 1}
-    inputs = encode(processor, WIDE, "Describe the image.")
+    inputs = encode(nano_processor, WIDE, "Describe the image.")
     torch.testing.assert_close(model(**inputs).logits.cpu(), nano()(**inputs).logits, atol=1e-3, rtol=1e-3)
 
 

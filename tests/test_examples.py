@@ -12,7 +12,7 @@ import torch
 from transformers import AutoTokenizer
 
 from conftest import ROOT
-from mono_internvl import MonoInternVLForCausalLM, MonoInternVLProcessor
+from mono_internvl import MonoInternVLForCausalLM
 from mono_internvl.training.data import Collator
 
 
@@ -26,11 +26,6 @@ def example(monkeypatch):
     """Imports an example as a script's folder lets it be imported."""
     monkeypatch.syspath_prepend(str(EXAMPLES))
     return importlib.import_module
-
-
-@pytest.fixture(scope="module")
-def processor():
-    return MonoInternVLProcessor.from_pretrained(ROOT)
 
 
 def nano() -> MonoInternVLForCausalLM:
@@ -56,31 +51,31 @@ def loss_on_plates(model, processor, records) -> float:
     return model(**Collator(processor.tokenizer.pad_token_id)(encoded)).loss.item()
 
 
-def test_records_name_their_pictures_and_learn_answers_only(example, processor):
+def test_records_name_their_pictures_and_learn_answers_only(example, nano_processor):
     records = example("records")
     first, *_, last = records.read_records(PLATES)
     assert first["images"] == [str(EXAMPLES / "plate.png")] and last["images"] == []
-    encoded = records.encode_record(processor, first)
+    encoded = records.encode_record(nano_processor, first)
     learned = encoded["labels"][encoded["labels"] != -100]
-    assert processor.tokenizer.decode(learned) == "1<|im_end|>orange<|im_end|>"
-    assert not (learned == processor.image_token_id).any()
+    assert nano_processor.tokenizer.decode(learned) == "1<|im_end|>orange<|im_end|>"
+    assert not (learned == nano_processor.image_token_id).any()
 
 
-def test_sft_with_trl(example, processor, tmp_path):
+def test_sft_with_trl(example, nano_processor, tmp_path):
     pytest.importorskip("trl")
     records = example("records")
-    before = loss_on_plates(nano(), processor, records)
+    before = loss_on_plates(nano(), nano_processor, records)
     torch.manual_seed(0)
     example("sft_trl").main(tmp_path, steps=12, learning_rate=1e-3)
     trained = MonoInternVLForCausalLM.from_pretrained(tmp_path).eval()
-    assert loss_on_plates(trained, processor, records) < before / 2
+    assert loss_on_plates(trained, nano_processor, records) < before / 2
     assert isinstance(trained.chat(EXAMPLES / "plate.png", "How many stars are there?"), str)  # processor saved too
 
 
-def test_lora_with_peft(example, processor, tmp_path):
+def test_lora_with_peft(example, nano_processor, tmp_path):
     peft = pytest.importorskip("peft")
     records = example("records")
-    before = loss_on_plates(nano(), processor, records)
+    before = loss_on_plates(nano(), nano_processor, records)
     torch.manual_seed(0)
     example("lora_peft").main(tmp_path, steps=12, learning_rate=3e-3)
     assert (tmp_path / "adapter_model.safetensors").stat().st_size < (ROOT / "model.safetensors").stat().st_size
@@ -88,10 +83,10 @@ def test_lora_with_peft(example, processor, tmp_path):
     names = {name for name, parameter in adapted.named_parameters() if "lora_" in name}
     layers = adapted.config.text_config.num_hidden_layers
     assert len(names) == layers * (4 + 3 + 3) * 2  # attention, text expert, visual expert; A and B each
-    after = loss_on_plates(adapted, processor, records)
+    after = loss_on_plates(adapted, nano_processor, records)
     assert after < before / 2
     merged = adapted.merge_and_unload()
-    assert loss_on_plates(merged, processor, records) == pytest.approx(after, rel=1e-3)
+    assert loss_on_plates(merged, nano_processor, records) == pytest.approx(after, rel=1e-3)
     assert isinstance(merged.chat(EXAMPLES / "plate.png", "How many stars are there?"), str)
 
 
@@ -103,13 +98,15 @@ def test_lora_on_the_visual_experts_alone(example, tmp_path):
     assert touched and all(".visual_mlp." in name for name in touched)
 
 
-def test_accelerate_in_one_process(example, processor, tmp_path):
+def test_accelerate_in_one_process(example, nano_processor, tmp_path):
     pytest.importorskip("accelerate")
     records = example("records")
-    before = loss_on_plates(nano(), processor, records)
+    before = loss_on_plates(nano(), nano_processor, records)
     torch.manual_seed(0)
     example("finetune_accelerate").main(tmp_path, epochs=4, learning_rate=1e-3)
-    assert loss_on_plates(MonoInternVLForCausalLM.from_pretrained(tmp_path).eval(), processor, records) < before / 2
+    assert (
+        loss_on_plates(MonoInternVLForCausalLM.from_pretrained(tmp_path).eval(), nano_processor, records) < before / 2
+    )
 
 
 def launch(*arguments, **environment) -> str:

@@ -11,11 +11,9 @@ from transformers import AutoTokenizer
 
 from conftest import ROOT, golden
 from mono_internvl import MonoInternVLImageProcessor, MonoInternVLProcessor
-from mono_internvl.tokenization import convert_tokenizer
 from mono_internvl.training.data import Collator, encode_conversation
 
 
-MODEL_FILE = ROOT.parent / "shared" / "data" / "internlm2" / "tokenizer.model"
 # Two tiles of one token each: the golden samples have pictures of two visual tokens.
 TWO_TOKENS = {"tile_size": 28, "max_tiles": 2, "use_thumbnail": False}
 
@@ -34,12 +32,8 @@ def nano():
 
 
 @pytest.fixture(scope="module")
-def real(tmp_path_factory):
-    if not MODEL_FILE.exists():
-        pytest.skip("needs InternLM2's tokenizer.model, which is not part of this repository")
-    folder = tmp_path_factory.mktemp("internlm2")
-    convert_tokenizer(MODEL_FILE, folder)
-    return processor_with(AutoTokenizer.from_pretrained(folder, trust_remote_code=False))
+def real(internlm2_folder):
+    return processor_with(AutoTokenizer.from_pretrained(internlm2_folder, trust_remote_code=False))
 
 
 def from_record(processor, record, pictures):

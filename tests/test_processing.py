@@ -22,12 +22,11 @@ from packaging.version import Version
 from PIL import Image
 from transformers import AutoImageProcessor, AutoProcessor, AutoTokenizer, TextIteratorStreamer, TextStreamer
 
-from conftest import ROOT, golden
+from conftest import INTERNLM2_FILE, ROOT, golden
 from mono_internvl import MonoInternVLImageProcessor, MonoInternVLProcessor
 from mono_internvl.modeling_mono_internvl import AnswerStreamer, place_images
 
 
-MODEL_FILE = ROOT.parent / "shared" / "data" / "internlm2" / "tokenizer.model"
 # Before this version transformers' AutoImageProcessor is a placeholder that wants torchvision.
 HAS_AUTO_IMAGE_PROCESSOR = Version(transformers.__version__) >= Version("5.18")
 
@@ -62,11 +61,11 @@ def nano(tokenizer):
 @pytest.fixture(scope="module")
 def official(tmp_path_factory):
     """The processor of a folder in the official layout, with the real tokenizer; converting it takes seconds."""
-    if not MODEL_FILE.exists():
+    if not INTERNLM2_FILE.exists():
         pytest.skip("needs InternLM2's tokenizer.model, which is not part of this repository")
     folder = tmp_path_factory.mktemp("official")
     shutil.copy(golden("variant_a", "config.json"), folder)
-    shutil.copy(MODEL_FILE, folder)
+    shutil.copy(INTERNLM2_FILE, folder)
     return MonoInternVLProcessor.from_pretrained(folder)
 
 

@@ -12,7 +12,6 @@ import pytest
 from PIL import Image
 
 from conftest import ROOT
-from mono_internvl import MonoInternVLProcessor
 from mono_internvl.training.data import encode_conversation, picture_sizes
 from mono_internvl.training.loading import Conversations, Key
 from mono_internvl.training.records import BadSample, read_record
@@ -25,11 +24,6 @@ A = {"role": "assistant", "content": "2"}
 Q = {"role": "user", "content": "How many?"}
 PLAIN = [("user", "How many?"), ("assistant", "2")]
 IMAGE, TEXT = {"type": "image"}, {"type": "text", "text": "How many?"}
-
-
-@pytest.fixture(scope="module")
-def processor():
-    return MonoInternVLProcessor.from_pretrained(ROOT)
 
 
 def ask(*parts):
@@ -62,7 +56,7 @@ SOURCES = {
 
 @pytest.mark.parametrize("name", SOURCES)
 @pytest.mark.parametrize("place", ["record", "list", "part", "untyped part"])
-def test_every_source_of_a_picture_is_seen(processor, name, place):
+def test_every_source_of_a_picture_is_seen(nano_processor, name, place):
     source = SOURCES[name]
     row = {
         "record": {"image": source, "conversations": [{"from": "human", "value": "?"}, {"from": "gpt", "value": "2"}]},
@@ -71,11 +65,11 @@ def test_every_source_of_a_picture_is_seen(processor, name, place):
         "untyped part": {"messages": [ask({"image": source}, {"text": "?"}), A]},
     }[place]
     messages = read_record(row, PLATE.parent)
-    encoded = encode_conversation(processor, messages, max_tiles=1)
+    encoded = encode_conversation(nano_processor, messages, max_tiles=1)
     with Image.open(PLATE) as plate:
         assert picture_sizes(messages) == [plate.size]
     assert len(encoded["pixel_values"]) == 1
-    assert int((encoded["input_ids"] == processor.image_token_id).sum()) == processor.tokens_per_tile
+    assert int((encoded["input_ids"] == nano_processor.image_token_id).sum()) == nano_processor.tokens_per_tile
 
 
 @pytest.mark.parametrize(
@@ -282,22 +276,22 @@ def learnt(processor, row):
 
 
 @pytest.mark.parametrize("option", [{"loss": False}, {"train": 0}, {"weight": 0.0}, {"loss_scale": 0}])
-def test_an_answer_that_is_not_to_be_learnt_is_not(processor, option):
+def test_an_answer_that_is_not_to_be_learnt_is_not(nano_processor, option):
     first, second = {"role": "assistant", "content": "red"}, {"role": "assistant", "content": "blue"}
-    assert learnt(processor, {"messages": [Q, {**first, **option}, Q, second]}) == "blue<|im_end|>"
-    assert learnt(processor, {"messages": [Q, first, Q, {**second, **option}]}) == "red<|im_end|>"
-    assert learnt(processor, {"prompt": [Q, first, Q], "completion": [second]}) == "blue<|im_end|>"
+    assert learnt(nano_processor, {"messages": [Q, {**first, **option}, Q, second]}) == "blue<|im_end|>"
+    assert learnt(nano_processor, {"messages": [Q, first, Q, {**second, **option}]}) == "red<|im_end|>"
+    assert learnt(nano_processor, {"prompt": [Q, first, Q], "completion": [second]}) == "blue<|im_end|>"
     with pytest.raises(ValueError, match="no answer to learn"):
-        learnt(processor, {"messages": [Q, {**first, **option}]})
+        learnt(nano_processor, {"messages": [Q, {**first, **option}]})
 
 
-def test_the_records_system_prompt_is_in_the_prompt(processor):
+def test_the_records_system_prompt_is_in_the_prompt(nano_processor):
     rows = [
         {"system": "In French.", "messages": [Q, A]},
         {"messages": [{"role": "system", "content": "In French."}, Q, A]},
     ]
-    first, second = (encode_conversation(processor, read_record(row))["input_ids"].tolist() for row in rows)
-    assert first == second and "In French." in processor.tokenizer.decode(first)
+    first, second = (encode_conversation(nano_processor, read_record(row))["input_ids"].tolist() for row in rows)
+    assert first == second and "In French." in nano_processor.tokenizer.decode(first)
 
 
 # ------------------------------------------------------------------------------------------------------------ any form
@@ -343,7 +337,7 @@ def any_record(rng: random.Random, sources: list) -> tuple[dict, int]:
     return row, len(given) + inline
 
 
-def test_pictures_in_are_pictures_out_or_an_error(processor):
+def test_pictures_in_are_pictures_out_or_an_error(nano_processor):
     rng, used, refused, encoded = random.Random(0), 0, 0, 0
     sources = [str(PLATE), BYTES, {"bytes": BYTES, "path": None}, Image.open(PLATE)]
     for _ in range(400):
@@ -357,8 +351,8 @@ def test_pictures_in_are_pictures_out_or_an_error(processor):
         assert sum("image" in part for part in parts) == sum(p["type"] == "image" for p in parts) == pictures, row
         used += 1
         if used % 10 == 0 and len(row) < 3:
-            ids = encode_conversation(processor, messages, max_tiles=max(pictures, 1))["input_ids"]
-            assert int((ids == processor.image_token_id).sum()) >= pictures * processor.tokens_per_tile
+            ids = encode_conversation(nano_processor, messages, max_tiles=max(pictures, 1))["input_ids"]
+            assert int((ids == nano_processor.image_token_id).sum()) >= pictures * nano_processor.tokens_per_tile
             encoded += 1
     assert used > 100 and refused > 100 and encoded > 10
 
@@ -439,7 +433,7 @@ def test_packed_files_are_named_as_such(tmp_path):
             open_sources([tmp_path / name])
 
 
-def test_parquet_and_decoded_pictures(tmp_path, processor):
+def test_parquet_and_decoded_pictures(tmp_path, nano_processor):
     datasets = pytest.importorskip("datasets")
     rows = [{"messages": [Q, A], "images": [Image.open(PLATE)]}, {"messages": [Q, A], "images": None}]
     columns = datasets.Features(
@@ -452,7 +446,9 @@ def test_parquet_and_decoded_pictures(tmp_path, processor):
     table.to_parquet(str(tmp_path / "a.parquet"))
     table.save_to_disk(tmp_path / "saved")
     for records in (FileRecords(tmp_path / "a.parquet"), FileRecords(tmp_path / "saved")):
-        tiles = [len(encode_conversation(processor, records[i].messages, max_tiles=1)["pixel_values"]) for i in (0, 1)]
+        tiles = [
+            len(encode_conversation(nano_processor, records[i].messages, max_tiles=1)["pixel_values"]) for i in (0, 1)
+        ]
         assert tiles == [1, 0]
     (tmp_path / "b.parquet").write_bytes(b"PAR1")
     with pytest.raises(ValueError, match="b.parquet cannot be read"):
@@ -487,13 +483,13 @@ class Failing:
 
 
 @pytest.mark.parametrize("index", range(len(Failing.kinds)))
-def test_no_exception_of_a_record_is_anything_but_a_bad_sample(processor, index):
-    conversations = Conversations([Source(Failing())], processor, max_tiles=1, max_length=400)
+def test_no_exception_of_a_record_is_anything_but_a_bad_sample(nano_processor, index):
+    conversations = Conversations([Source(Failing())], nano_processor, max_tiles=1, max_length=400)
     with pytest.raises(BadSample, match=f"failing.jsonl, record {index}.*inside") as caught:
         conversations[Key(0, index)]
     assert isinstance(caught.value.__cause__, Failing.kinds[index])
     assert conversations.length_of(Key(0, index)) == 1
-    skipping = Conversations([Source(Failing())], processor, max_tiles=1, max_length=400, skip_bad=True)
+    skipping = Conversations([Source(Failing())], nano_processor, max_tiles=1, max_length=400, skip_bad=True)
     assert isinstance(skipping[Key(0, index)][1], BadSample)
 
 

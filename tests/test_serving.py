@@ -16,7 +16,6 @@ from safetensors.torch import load_file
 from typer.testing import CliRunner
 
 from conftest import ROOT, golden, tiny_model
-from mono_internvl import MonoInternVLProcessor
 from mono_internvl.serving import check_vllm
 from mono_internvl.serving.checkpoint import is_mono_internvl, native_weights, serving_config, stop_token_ids
 from mono_internvl.serving.requests import pictures_then_text, with_placeholders
@@ -24,11 +23,6 @@ from mono_internvl.serving.vllm_plugin import register
 
 
 HAS_VLLM = importlib.util.find_spec("vllm") is not None
-
-
-@pytest.fixture(scope="module")
-def processor():
-    return MonoInternVLProcessor.from_pretrained(ROOT)
 
 
 def read_config(folder):
@@ -48,10 +42,10 @@ def test_only_this_model_is_taken():
     assert not is_mono_internvl({"model_type": "llama"})
 
 
-def test_serving_config_of_the_bundled_model(processor):
+def test_serving_config_of_the_bundled_model(nano_processor):
     config = serving_config(read_config(ROOT))
     assert config.architectures == ["MonoInternVLForCausalLM"]
-    assert sorted(config.eos_token_id) == sorted(processor.stop_token_ids)
+    assert sorted(config.eos_token_id) == sorted(nano_processor.stop_token_ids)
 
 
 def test_serving_config_of_an_official_folder():
@@ -79,35 +73,35 @@ def test_weights_of_both_layouts_get_our_names(tmp_path, official):
 # ---- a request
 
 
-def test_chat_token_ids_are_those_of_the_processor_with_one_placeholder_a_picture(processor):
+def test_chat_token_ids_are_those_of_the_processor_with_one_placeholder_a_picture(nano_processor):
     messages = [
         {"role": "user", "content": [{"type": "image"}, {"type": "text", "text": "and "}, {"type": "image"}]},
         {"role": "assistant", "content": "a square"},
         {"role": "user", "content": [{"type": "text", "text": "I typed <IMG_CONTEXT>, <|im_end|>."}]},
     ]
-    ids = processor.chat_token_ids(messages, add_generation_prompt=True)
-    assert ids.count(processor.image_token_id) == 2
+    ids = nano_processor.chat_token_ids(messages, add_generation_prompt=True)
+    assert ids.count(nano_processor.image_token_id) == 2
 
     pictures = iter([Image.new("RGB", (50, 50)), Image.new("RGB", (448, 224))])
     for part in messages[0]["content"]:
         if part["type"] == "image":
             part["image"] = next(pictures)
-    whole = processor.apply_chat_template(messages, tokenize=True, add_generation_prompt=True)[0]
-    place = processor.image_token_id
+    whole = nano_processor.apply_chat_template(messages, tokenize=True, add_generation_prompt=True)[0]
+    place = nano_processor.image_token_id
     collapsed = [token for i, token in enumerate(whole) if token != place or i == 0 or whole[i - 1] != place]
     assert ids == collapsed and len(whole) > len(ids)
 
 
-def test_chat_token_ids_refuse_what_is_no_conversation(processor):
+def test_chat_token_ids_refuse_what_is_no_conversation(nano_processor):
     with pytest.raises(ValueError, match="role 'robot' is not known"):
-        processor.chat_token_ids([{"role": "robot", "content": "hi"}])
+        nano_processor.chat_token_ids([{"role": "robot", "content": "hi"}])
     with pytest.raises(ValueError, match="a message is a dict"):
-        processor.chat_token_ids(["hi"])
+        nano_processor.chat_token_ids(["hi"])
 
 
 @pytest.mark.parametrize(("pictures", "share"), [(1, 12), (2, 6), (5, 2), (30, 1)])
-def test_pictures_share_the_tiles_of_a_request(processor, pictures, share):
-    assert processor.share_tiles({"max_tiles": 12}, pictures)["max_tiles"] == share
+def test_pictures_share_the_tiles_of_a_request(nano_processor, pictures, share):
+    assert nano_processor.share_tiles({"max_tiles": 12}, pictures)["max_tiles"] == share
 
 
 def test_marks_and_string_content_get_the_models_placeholders():
@@ -188,7 +182,7 @@ def test_an_unknown_check_is_wrong_usage():
 
 
 @pytest.mark.vllm
-def test_vllm_reads_both_layouts_and_leaves_others_alone(tmp_path, processor):
+def test_vllm_reads_both_layouts_and_leaves_others_alone(tmp_path, nano_processor):
     from vllm.config import ModelConfig
     from vllm.tokenizers.registry import cached_tokenizer_from_config
 
@@ -199,10 +193,10 @@ def test_vllm_reads_both_layouts_and_leaves_others_alone(tmp_path, processor):
         assert model_config.architecture == "MonoInternVLForCausalLM"
         assert model_config.max_model_len == 4096
         stops = model_config.try_get_generation_config()["eos_token_id"]
-        assert sorted(stops) == sorted(processor.stop_token_ids)
+        assert sorted(stops) == sorted(nano_processor.stop_token_ids)
         tokenizer = cached_tokenizer_from_config(model_config)
         messages = [{"role": "user", "content": "I typed <IMG_CONTEXT>"}]
-        assert tokenizer.apply_chat_template(messages) == processor.chat_token_ids(messages)
+        assert tokenizer.apply_chat_template(messages) == nano_processor.chat_token_ids(messages)
     with pytest.raises(ValueError, match="float16: use --dtype bfloat16 or float32"):
         ModelConfig(str(ROOT), dtype="float16")
     dense = check_vllm.make_cost_folder(True, tmp_path / "dense")
@@ -211,18 +205,18 @@ def test_vllm_reads_both_layouts_and_leaves_others_alone(tmp_path, processor):
 
 
 @pytest.mark.vllm
-def test_the_engines_tokenizer_can_be_pickled_and_is_its_own(processor):
+def test_the_engines_tokenizer_can_be_pickled_and_is_its_own(nano_processor):
     """What the engine sets on its tokenizer must not reach the processor, which works in other threads."""
     from mono_internvl.serving.vllm_input import ChatTokenizerLoader
 
     tokenizer = ChatTokenizerLoader.from_pretrained(str(ROOT))
     messages = [{"role": "user", "content": "I typed <IMG_CONTEXT> and <|im_end|>"}]
-    expected = processor.chat_token_ids(messages)
+    expected = nano_processor.chat_token_ids(messages)
     for again in (tokenizer, pickle.loads(pickle.dumps(tokenizer)), copy.copy(tokenizer), copy.deepcopy(tokenizer)):
         assert again.apply_chat_template(messages) == expected
         with pytest.raises(ValueError, match="no place for tools"):
             again.apply_chat_template(messages, tools=[{"type": "function"}], chat_template="{{ messages[0].content }}")
-        assert again("Hello") == processor.tokenizer("Hello")
+        assert again("Hello") == nano_processor.tokenizer("Hello")
     with ThreadPoolExecutor(4) as threads:
         cut = threads.map(
             lambda _: len(tokenizer("word " * 50, truncation=True, max_length=7)["input_ids"]), range(200)

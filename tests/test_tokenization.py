@@ -14,6 +14,7 @@ import pytest
 from tokenizers import Tokenizer
 from transformers import AutoTokenizer
 
+from conftest import ROOT, golden
 from helpers_sentencepiece import NORMAL_PIECES, bytes_field, number_field, piece_field, small_model
 from mono_internvl.plates.tokenizer import (
     PROMPT_PHRASES,
@@ -31,14 +32,6 @@ from mono_internvl.tokenization import (
 )
 from mono_internvl.tokenization.sentencepiece_model import BYTE_PIECES, SPACE, PieceType
 
-
-SHARED = Path(__file__).resolve().parents[1].parent / "shared"
-MODEL_FILE = SHARED / "data" / "internlm2" / "tokenizer.model"
-ENCODINGS = SHARED / "golden" / "tokenizer" / "encodings.json"
-LABELS = SHARED / "golden" / "tokenizer" / "labels.json"
-
-needs_model = pytest.mark.skipif(not MODEL_FILE.exists(), reason=f"{MODEL_FILE} is not here")
-needs_goldens = pytest.mark.skipif(not (MODEL_FILE.exists() and ENCODINGS.exists()), reason=f"{SHARED} is not here")
 
 NAMED = ["<|plugin|>", "<|interpreter|>", "<|action_end|>", "<|action_start|>", "<|im_end|>", "<|im_start|>"]
 ADDED = ["<img>", "</img>", "<IMG_CONTEXT>", "<quad>", "</quad>", "<ref>", "</ref>", "<box>", "</box>"]
@@ -70,12 +63,8 @@ def nano_hf(nano: Tokenizer, tmp_path_factory: pytest.TempPathFactory) -> Any:
 
 
 @pytest.fixture(scope="session")
-def real_hf(tmp_path_factory: pytest.TempPathFactory) -> Any:
-    if not MODEL_FILE.exists():
-        pytest.skip(f"{MODEL_FILE} is not here")
-    folder = tmp_path_factory.mktemp("internlm2")
-    convert_tokenizer(MODEL_FILE, folder)
-    return AutoTokenizer.from_pretrained(folder)
+def real_hf(internlm2_folder: Path) -> Any:
+    return AutoTokenizer.from_pretrained(internlm2_folder)
 
 
 @pytest.fixture(params=["nano_hf", "real_hf"])
@@ -267,9 +256,8 @@ def test_save_leaves_only_the_two_files(model_file: Path, tmp_path: Path) -> Non
     assert Tokenizer.from_file(str(out / "tokenizer.json")).to_str() == tokenizer.to_str()
 
 
-@needs_goldens
 def test_goldens_of_the_released_tokenizer(real_hf: Any) -> None:
-    cases = json.loads(ENCODINGS.read_text())
+    cases = json.loads(golden("tokenizer", "encodings.json").read_text(encoding="utf-8"))
     assert len(cases) == 24
     for case in cases:
         if case["text"] != "[UNUSED_TOKEN_145]":
@@ -278,21 +266,20 @@ def test_goldens_of_the_released_tokenizer(real_hf: Any) -> None:
         assert real_hf.decode(case["ids"], skip_special_tokens=True) == case["decode_skip"]
 
 
-@needs_goldens
 def test_golden_conversations_survive_text(real_hf: Any) -> None:
     """The ids of the released training code come back from their own text."""
-    for sample in json.loads(LABELS.read_text()):
+    samples = json.loads(golden("tokenizer", "labels.json").read_text(encoding="utf-8"))
+    assert len(samples) == 2
+    for sample in samples:
         text = real_hf.decode(sample["input_ids"], skip_special_tokens=False)
         assert real_hf(text, add_special_tokens=False).input_ids == sample["input_ids"]
 
 
-@needs_model
 def test_real_special_ids(real_hf: Any) -> None:
     assert real_hf.convert_tokens_to_ids(SPECIALS) == [0, 1, 2, *range(92538, 92553)]
     assert len(real_hf) == 92553
 
 
-@needs_model
 def test_real_round_trip_beyond_the_trained_characters(real_hf: Any) -> None:
     text = "def f(x):\n\treturn  x ** 2   # 你好，世界 — Ünïcödé 😀👩‍👩‍👧\r\n" * 300
     assert real_hf.decode(real_hf(text).input_ids, skip_special_tokens=True) == text
@@ -426,9 +413,6 @@ def test_nano_is_deterministic(tmp_path: Path) -> None:
 
 def test_bundled_tokenizer_is_the_nano_one() -> None:
     """The repository's own tokenizer.json has the structure that the model's ids rely on."""
-    root = Path(__file__).resolve().parents[1]
-    if not (root / "tokenizer.json").exists():
-        pytest.skip("tokenizer.json is not built")
-    bundled = AutoTokenizer.from_pretrained(root, trust_remote_code=False)
+    bundled = AutoTokenizer.from_pretrained(ROOT, trust_remote_code=False)
     assert bundled.convert_tokens_to_ids(SPECIALS) == [0, 1, 2, *range(len(bundled) - 15, len(bundled))]
     assert len(bundled(SYSTEM_PROMPT).input_ids) == 5
