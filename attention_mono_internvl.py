@@ -104,15 +104,18 @@ def decode_attention(query: torch.Tensor) -> Callable[..., tuple[torch.Tensor, N
     if not query.is_cuda:
         return grouped_sdpa_forward
     half, width = query.dtype in (torch.bfloat16, torch.float16), query.shape[-1]
-    if half and width % 8 == 0 and width <= 128 and _has_cudnn_attention():
+    if half and width % 8 == 0 and width <= 128 and has_cudnn_attention():
         return cudnn_decode_forward
     return product_decode_forward
 
 
-def _has_cudnn_attention() -> bool:
+@torch.compiler.assume_constant_result
+def has_cudnn_attention() -> bool:
     """Whether sdpa can choose cuDNN's kernel: it is there and allowed, on an Ampere card or newer."""
+    if torch.version.hip is not None or not torch.cuda.is_available():
+        return False
     allowed = torch.backends.cudnn.enabled and torch.backends.cuda.cudnn_sdp_enabled()
-    return allowed and torch.version.hip is None and torch.cuda.get_device_capability() >= (8, 0)
+    return allowed and torch.cuda.get_device_capability() >= (8, 0)
 
 
 def sample_sdpa_forward(

@@ -61,13 +61,21 @@ def test_every_way_gives_the_same(way, additive, shape):
     ],
 )
 def test_the_choice_on_cuda(dtype, width, cudnn, chosen, monkeypatch):
-    monkeypatch.setattr(attention, "_has_cudnn_attention", lambda: cudnn)
+    monkeypatch.setattr(attention, "has_cudnn_attention", lambda: cudnn)
     query = SimpleNamespace(is_cuda=True, dtype=dtype, shape=(1, 16, 1, width))
     assert attention.decode_attention(query) is chosen
 
 
 def test_the_choice_on_a_cpu():
     assert attention.decode_attention(torch.zeros(1, 4, 1, 8)) is attention.grouped_sdpa_forward
+
+
+def test_the_choice_does_not_break_a_graph():
+    def step(x):
+        return x + attention.has_cudnn_attention()
+
+    x = torch.zeros(2)
+    assert torch.equal(torch.compile(step, fullgraph=True, backend="eager")(x), step(x))
 
 
 @pytest.mark.gpu
