@@ -21,6 +21,7 @@ from ..common.parameters import released_2b_config
 from ..configuration_mono_internvl import MonoInternVLConfig
 from ..image_processing_mono_internvl import unpatchify
 from ..modeling_mono_internvl import MonoInternVLDecoderLayer, MonoInternVLForCausalLM, RoutingPlan
+from ..output_head_mono_internvl import MonoInternVLOutputHead
 from ..tiling_mono_internvl import PATCH_DIM
 from .measure import Place
 
@@ -97,6 +98,8 @@ def dense_twin(model: MonoInternVLForCausalLM, place: Place) -> LlamaForCausalLM
     with torch.device("meta"):
         twin = LlamaForCausalLM(config)
     _adopt(twin, dict(model.named_parameters()), place, {"model.": "model.language_model.", "lm_head.": "lm_head."})
+    # What the head costs is not what is compared.
+    twin.lm_head = MonoInternVLOutputHead.of(twin.lm_head)  # type: ignore[assignment]
     twin.model.rotary_emb = LlamaRotaryEmbedding(config).to(place.device)
     return twin.eval()
 
@@ -133,6 +136,7 @@ def modular_twin(model: MonoInternVLForCausalLM, place: Place) -> InternVLForCon
         twin = InternVLForConditionalGeneration(config)
     names = {"model.language_model.": "model.language_model.", "lm_head.": "lm_head."}
     _adopt(twin, dict(model.named_parameters()), place, names)
+    twin.lm_head = MonoInternVLOutputHead.of(twin.lm_head)  # type: ignore[assignment]
     twin.model.language_model.rotary_emb = LlamaRotaryEmbedding(text).to(place.device)
     return twin.eval()
 
