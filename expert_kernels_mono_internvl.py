@@ -42,8 +42,8 @@ class Blocks(NamedTuple):
     warps: int
 
 
-# The fastest blocks for N * I outputs and more, measured on a H200 in bfloat16 at the 2B dimensions (docs/performance.md).
-# Few outputs get small tiles: the card has 132 processors, and each should have a tile.
+# The fastest blocks for N * I outputs and more, measured on an H200 in bfloat16 at the 2B dimensions
+# (docs/performance.md). Few outputs get small tiles: the card has 132 processors, and each should have one.
 SWIGLU_BLOCKS = ((4 << 20, Blocks(128, 128, 64, 4, 8)), (0, Blocks(64, 128, 64, 4, 4)))
 LINEAR_BLOCKS = (
     (4 << 20, Blocks(128, 256, 64, 4, 8)),
@@ -150,7 +150,7 @@ def _linear_kernel(
     GROUP: tl.constexpr,
 ):
     row_block, column_block, text_blocks = _tile(n_text, n_visual, N, BLOCK_M, BLOCK_N, GROUP)
-    if row_block < text_blocks:
+    if row_block < text_blocks:  # noqa: SIM108 (Triton chooses between two pointers by a branch only)
         weight = weight_text
     else:
         weight = weight_visual
@@ -166,10 +166,7 @@ def _linear_kernel(
     total = tl.zeros((BLOCK_M, BLOCK_N), dtype=tl.float32)
     for k in range(0, K, BLOCK_K):
         inside = k + depth < K
-        if K % BLOCK_K == 0:
-            block = tl.load(inputs + k)
-        else:
-            block = tl.load(inputs + k, mask=inside[None, :], other=0.0)
+        block = tl.load(inputs + k) if K % BLOCK_K == 0 else tl.load(inputs + k, mask=inside[None, :], other=0.0)
         if DESCRIPTORS:
             w = weights.load([column_block * BLOCK_N, k])
         else:
@@ -220,10 +217,7 @@ def _swiglu_kernel(
     up_total = tl.zeros((BLOCK_M, BLOCK_N), dtype=tl.float32)
     for k in range(0, K, BLOCK_K):
         inside = k + depth < K
-        if K % BLOCK_K == 0:
-            block = tl.load(inputs + k)
-        else:
-            block = tl.load(inputs + k, mask=inside[None, :], other=0.0)
+        block = tl.load(inputs + k) if K % BLOCK_K == 0 else tl.load(inputs + k, mask=inside[None, :], other=0.0)
         if DESCRIPTORS:
             g = gates.load([column_block * BLOCK_N, k])
             u = ups.load([column_block * BLOCK_N, k])

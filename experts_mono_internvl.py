@@ -266,7 +266,7 @@ def _is_hooked(module: nn.Module) -> bool:
 
 
 def _linears_refusal(text: nn.Module, visual: nn.Module, x: torch.Tensor, inputs: int) -> str | None:
-    """Both must be bare `torch.nn.Linear`: what wraps or replaces one (LoRA, quantisation, offload) has to be called."""
+    """Both must be bare `torch.nn.Linear`: what wraps or replaces one (LoRA, quantised weights) has to be called."""
     for module in (text, visual):
         if type(module) is not nn.Linear:
             return f"a projection is a {type(module).__name__} and no torch.nn.Linear"
