@@ -64,7 +64,7 @@ def combine(text: torch.Tensor, visual: torch.Tensor, plan: Any, batch_shape: Se
     """The inverse of `dispatch`; every row of the result is written exactly once, in place."""
     out = text.new_empty((plan.text.shape[0] + plan.visual.shape[0], text.shape[-1]))
     out.index_copy_(0, plan.text, text).index_copy_(0, plan.visual, visual)
-    return out.view(*batch_shape, -1)
+    return out.view(*batch_shape, text.shape[-1])
 
 
 # ------------------------------------------------------------------------------------------------------ either of two
@@ -90,7 +90,7 @@ def routed_feed_forward(
         weights = [[getattr(mlp, name).weight for name in _PROJECTIONS] for mlp in (text_mlp, visual_mlp)]
         (*of_text, down_text), (*of_visual, down_visual) = weights
         hidden = kernels.swiglu(rows, plan.text, plan.visual, of_text, of_visual)
-        return kernels.linear(hidden, plan.text, plan.visual, down_text, down_visual).view(*x.shape[:-1], -1)
+        return kernels.linear(hidden, plan.text, plan.visual, down_text, down_visual).view(x.shape)
 
     out = _fused(fused, x, plan, [(text_mlp, visual_mlp)], choice)
     if out is not None:
@@ -113,7 +113,7 @@ def routed_linears(x: torch.Tensor, plan: Any, pairs: Sequence[Pair], choice: st
     def fused(kernels: Kernels) -> list[torch.Tensor]:
         rows = _as_rows(x)
         outs = [kernels.linear(rows, plan.text, plan.visual, t.weight, v.weight) for t, v in pairs]
-        return [out.view(*x.shape[:-1], -1) for out in outs]
+        return [out.view(*x.shape[:-1], out.shape[-1]) for out in outs]
 
     outs = _fused(fused, x, plan, pairs, choice)
     if outs is not None:
@@ -220,11 +220,13 @@ def device_refusal(device: torch.device, dtype: torch.dtype) -> str | None:
     kernels = load_kernels()
     if isinstance(kernels, str):
         return kernels
-    if kernels.interpreted:
-        return None if device.type == "cpu" else "Triton's interpreter is on (TRITON_INTERPRET), which is for the CPU"
-    if device.type != "cuda" or torch.version.hip is not None:
+    if kernels.interpreted and device.type != "cpu":
+        return "Triton's interpreter is on (TRITON_INTERPRET), which is for the CPU"
+    if not kernels.interpreted and (device.type != "cuda" or torch.version.hip is not None):
         return f"the tensors are on {device.type}, and the kernel is for CUDA (elsewhere for Triton's interpreter)"
-    return _below(device, _LEAST_CAPABILITY) or _failed.get((device, dtype))
+    if device.type == "cuda" and (reason := _below(device, _LEAST_CAPABILITY)) is not None:
+        return reason
+    return _failed.get((device, dtype))
 
 
 @functools.lru_cache
@@ -269,7 +271,7 @@ def _linears_refusal(text: nn.Module, visual: nn.Module, x: torch.Tensor, inputs
     """Both must be bare `torch.nn.Linear`: what wraps or replaces one (LoRA, quantised weights) has to be called."""
     for module in (text, visual):
         if type(module) is not nn.Linear:
-            return f"a projection is a {type(module).__name__} and no torch.nn.Linear"
+            return f"a projection is {type(module).__module__}.{type(module).__name__} and not torch.nn.Linear"
         if _is_hooked(module):
             return "a projection has forward hooks"
         if module.bias is not None:
