@@ -1,5 +1,5 @@
-"""One layer's routed experts, in the ways they can be computed, against a dense layer of the same rows: its feed-forward,
-and the projections of attention experts (1.5).
+"""One layer's routed experts, in the ways they can be computed, against a dense layer of the same rows: feed-forward
+experts, and attention experts' queries, keys and values (1.5).
 
 plain       gather each group's rows, one expert each, write the rows back
 kernel      both experts in one launch, rows read and written where they are (`expert_kernels_mono_internvl.py`)
