@@ -205,11 +205,14 @@ def kernel_refusal(x: torch.Tensor, plan: Any, text: nn.Module, visual: nn.Modul
             return "a feed-forward expert has forward hooks"
         if type(mlp.act_fn) not in _SILU:
             return f"the activation is {type(mlp.act_fn).__name__}, and the kernel has SiLU alone"
+    inputs = x.shape[-1]
     for name in _PROJECTIONS:
-        inputs = x.shape[-1] if name != "down_proj" else text.up_proj.out_features  # type: ignore[union-attr]
-        reason = _linears_refusal(getattr(text, name), getattr(visual, name), x, inputs)  # type: ignore[arg-type]
+        of_text, of_visual = text._modules[name], visual._modules[name]
+        reason = _linears_refusal(of_text, of_visual, x, inputs)  # type: ignore[arg-type]
         if reason is not None:
             return reason
+        if name == "up_proj":
+            inputs = of_text.out_features  # type: ignore[union-attr,assignment]
     return None
 
 
@@ -223,7 +226,7 @@ def device_refusal(device: torch.device, dtype: torch.dtype) -> str | None:
     if kernels.interpreted and device.type != "cpu":
         return "Triton's interpreter is on (TRITON_INTERPRET), which is for the CPU"
     if not kernels.interpreted and (device.type != "cuda" or torch.version.hip is not None):
-        return f"the tensors are on {device.type}, and the kernel is for CUDA (elsewhere for Triton's interpreter)"
+        return f"the kernel is for CUDA, the tensors are on {device.type}"
     if device.type == "cuda" and (reason := _below(device, _LEAST_CAPABILITY)) is not None:
         return reason
     return _failed.get((device, dtype))
@@ -269,19 +272,22 @@ def _is_hooked(module: nn.Module) -> bool:
 
 def _linears_refusal(text: nn.Module, visual: nn.Module, x: torch.Tensor, inputs: int) -> str | None:
     """Both must be bare `torch.nn.Linear`: what wraps or replaces one (LoRA, quantised weights) has to be called."""
+    if not type(text) is type(visual) is nn.Linear:
+        other = type(visual if type(text) is nn.Linear else text)
+        return f"a projection is {other.__module__}.{other.__name__} and not torch.nn.Linear"
+    dtype, device, shape = x.dtype, x.device, (text.out_features, inputs)
     for module in (text, visual):
-        if type(module) is not nn.Linear:
-            return f"a projection is {type(module).__module__}.{type(module).__name__} and not torch.nn.Linear"
         if _is_hooked(module):
             return "a projection has forward hooks"
-        if module.bias is not None:
+        # Not `module.weight`: this is asked of every layer of every prompt, and `nn.Module` finds attributes slowly.
+        weight = module._parameters["weight"]
+        if module._parameters["bias"] is not None:
             return "a projection has a bias"
-        weight = module.weight
         if type(weight) is not nn.Parameter and type(weight) is not torch.Tensor:
             return f"a weight is a {type(weight).__name__} and no plain tensor"
-        if weight.dtype != x.dtype or weight.device != x.device:
-            return f"weights are {weight.dtype} on {weight.device}, the rows {x.dtype} on {x.device}"
-        if weight.shape != (text.out_features, inputs):
+        if weight.dtype != dtype or weight.device != device:
+            return f"weights are {weight.dtype} on {weight.device}, the rows {dtype} on {device}"
+        if weight.shape != shape:
             return "the experts' weights have not the same shape, or another than the rows ask for"
         if not weight.is_contiguous():
             return "a weight is not contiguous"
