@@ -10,7 +10,6 @@ import pytest
 ROOT = Path(__file__).parent.parent
 # From the ground up: a room imports only what stands before it. Root files are named without `_mono_internvl`.
 FLOORS = (
-    *("expert_kernels", "experts"),
     *("tokenization", "compat", "tiling", "image_pixels", "image_files", "image_loading", "image_processing"),
     *("configuration", "vocabulary", "prompt", "chat_template", "conversation", "encoding"),
     *("processing_options", "processor_loading", "processing", "weight_mapping", "loading"),
