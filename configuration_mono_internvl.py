@@ -26,6 +26,8 @@ if TYPE_CHECKING:
 logger = logging.get_logger(__name__)
 
 VISUAL_ATTENTION_EXPERTS = ("none", "qkv", "qkvo")
+# How routed experts are computed, see `experts_mono_internvl.py`.
+EXPERT_KERNELS = ("auto", "plain", "fused")
 # Rope type -> the numbers that it needs. All but `dynamic` have the same frequencies at every length.
 ROPE_NUMBERS: dict[str, tuple[str, ...]] = {
     "default": (),
@@ -178,6 +180,8 @@ class MonoInternVLTextConfig(PreTrainedConfig):
     Args:
         visual_attention_experts: which attention projections visual tokens have of their own (Mono-InternVL-1.5):
             `none` (v1), `qkv` or `qkvo`.
+        expert_kernel: how routed experts are computed: `plain`; `fused`, by a Triton kernel wherever it can run; or
+            `auto`, by the kernel where it is faster (`experts_mono_internvl.py`). May be changed on a loaded model.
         drop_path_rate: stochastic depth of the residual branches while training, growing linearly with depth.
         rope_parameters: `{"rope_type", "rope_theta"}` and what the type needs (`ROPE_NUMBERS`); older files'
             `rope_theta` and `rope_scaling` are folded into it.
@@ -222,6 +226,7 @@ class MonoInternVLTextConfig(PreTrainedConfig):
     attention_dropout: float | int = 0.0
     drop_path_rate: float | int = 0.0
     visual_attention_experts: str = "none"
+    expert_kernel: str = "auto"
 
     def __post_init__(self, **kwargs: Any):
         # InternLM2's own name for it; a pinned attention backend would overrule the caller's.
@@ -254,6 +259,10 @@ class MonoInternVLTextConfig(PreTrainedConfig):
             raise ValueError(
                 f"visual_attention_experts={self.visual_attention_experts!r} must be one of "
                 f"{', '.join(VISUAL_ATTENTION_EXPERTS)}"
+            )
+        if self.expert_kernel not in EXPERT_KERNELS:
+            raise ValueError(
+                f"text_config: expert_kernel={self.expert_kernel!r} must be one of {', '.join(EXPERT_KERNELS)}"
             )
         for name in ("drop_path_rate", "attention_dropout"):
             value = getattr(self, name)

@@ -2,7 +2,8 @@
 
 1. No vision encoder. A 28 x 28 px patch is embedded linearly and is one token (`vision_mono_internvl.py`).
 2. Two feed-forward experts per layer: `visual_mlp` (FFN_v) for visual tokens, `mlp` (FFN_t) for all others
-   (paper 2410.08202, eq. 4). Routing is by the token, not by the phase, and every token passes through exactly one.
+   (paper 2410.08202, eq. 4). Routing is by the token, not by the phase, and every token passes through exactly one
+   (`experts_mono_internvl.py`: one by one, or both in a fused kernel).
 3. With `visual_attention_experts` (1.5, paper 2507.12566) visual tokens also have their own q/k/v (and o) projections.
 4. One `RoutingPlan` per forward, made from the positions of the visual tokens. Text-only calls and decoding have none:
    then a layer is a plain dense layer and the visual experts are not even read.
@@ -41,6 +42,7 @@ from .compat_mono_internvl import (
     update_cache,
 )
 from .configuration_mono_internvl import MonoInternVLConfig, MonoInternVLTextConfig
+from .experts_mono_internvl import combine, dispatch, routed_feed_forward, routed_linears
 from .generation_mono_internvl import MonoInternVLGenerationMixin
 from .image_processing_mono_internvl import patchify
 from .loading_mono_internvl import SavingMixin, StrictLoadingMixin, refuse_unknown
@@ -72,14 +74,11 @@ class RoutingPlan(NamedTuple):
 
     def dispatch(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """[B, T, H] -> text rows [N - V, H] and visual rows [V, H]."""
-        rows = x.reshape(-1, x.shape[-1])
-        return rows.index_select(0, self.text), rows.index_select(0, self.visual)
+        return dispatch(x, self)
 
     def combine(self, text: torch.Tensor, visual: torch.Tensor, batch_shape: torch.Size) -> torch.Tensor:
         """The inverse of `dispatch`; every row of the result is written exactly once, in place."""
-        out = text.new_empty((self.text.shape[0] + self.visual.shape[0], text.shape[-1]))
-        out.index_copy_(0, self.text, text).index_copy_(0, self.visual, visual)
-        return out.view(*batch_shape, -1)
+        return combine(text, visual, self, batch_shape)
 
 
 def make_routing_plan(visual_token_mask: torch.Tensor, num_visual: int) -> RoutingPlan:
@@ -138,12 +137,11 @@ class MonoInternVLAttention(nn.Module):
         """[B, T, H] -> q, k, v; `queries`: only the last so many rows get a query (they are text then)."""
         if routing is None or not self.visual_qkv:
             return self.q_proj(x if queries is None else x[:, -queries:]), self.k_proj(x), self.v_proj(x)
-        text, visual = routing.dispatch(x)
-        k = routing.combine(self.k_proj(text), self.visual_k_proj(visual), x.shape[:2])
-        v = routing.combine(self.v_proj(text), self.visual_v_proj(visual), x.shape[:2])
-        if queries is not None:
-            return self.q_proj(x[:, -queries:]), k, v
-        return routing.combine(self.q_proj(text), self.visual_q_proj(visual), x.shape[:2]), k, v
+        pairs = [(self.k_proj, self.visual_k_proj), (self.v_proj, self.visual_v_proj)]
+        if queries is None:
+            pairs.append((self.q_proj, self.visual_q_proj))
+        k, v, *q = routed_linears(x, routing, pairs, self.config.expert_kernel)
+        return q[0] if q else self.q_proj(x[:, -queries:]), k, v  # type: ignore[operator]
 
     def forward(
         self,
@@ -174,8 +172,8 @@ class MonoInternVLAttention(nn.Module):
         out = out.reshape(*out.shape[:2], -1).contiguous()
         if routing is None or not self.visual_o or queries is not None:
             return self.o_proj(out), weights
-        text, visual = routing.dispatch(out)
-        return routing.combine(self.o_proj(text), self.visual_o_proj(visual), out.shape[:2]), weights
+        (out,) = routed_linears(out, routing, [(self.o_proj, self.visual_o_proj)], self.config.expert_kernel)
+        return out, weights
 
 
 class MonoInternVLMLP(nn.Module):
@@ -206,8 +204,7 @@ class MonoInternVLDecoderLayer(GradientCheckpointingLayer):
     def feed_forward(self, x: torch.Tensor, routing: RoutingPlan | None) -> torch.Tensor:
         if routing is None:
             return self.mlp(x)
-        text, visual = routing.dispatch(x)
-        return routing.combine(self.mlp(text), self.visual_mlp(visual), x.shape[:2])
+        return routed_feed_forward(x, routing, self.mlp, self.visual_mlp, self.self_attn.config.expert_kernel)
 
     def forward(
         self,

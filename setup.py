@@ -21,6 +21,8 @@ FOLDERS = (
 )
 TRAIN = ["accelerate", "peft", "datasets", "tensorboard", "pyyaml"]
 EVAL = ["matplotlib"]
+# The fused expert kernel. CUDA builds of torch bring their own; on a CPU its interpreter tests the kernel.
+KERNEL = ["triton>=3.6; platform_system == 'Linux'"]
 FONTS = [f"font-{name}" for name in ("caladea", "lato", "manrope", "roboto", "source-sans-pro", "source-serif-pro")]
 
 setup(
@@ -55,6 +57,7 @@ setup(
         "train": TRAIN,
         "droppath": ["timm"],
         "flash": ["flash-attn"],
+        "kernel": KERNEL,
         # In an environment of its own, with serving/constraints.txt.
         "serve": ["vllm"],
         "demo": ["gradio>=6"],
@@ -62,7 +65,7 @@ setup(
         "eval": EVAL,
         # The fonts that the bundled model learnt its digits from.
         "nano": [*TRAIN, *EVAL, *FONTS],
-        "dev": [*TRAIN, *EVAL, "trl", "pytest", "ruff", "mypy"],
+        "dev": [*TRAIN, *EVAL, *KERNEL, "trl", "pytest", "ruff", "mypy"],
     },
     entry_points={
         "console_scripts": ["mono-internvl = mono_internvl_cli:main"],

@@ -34,13 +34,16 @@ def inspect(
 
 
 def describe(config: MonoInternVLConfig) -> dict[str, Any]:
-    """Counts and dimensions as plain values: dtype, bytes_per_parameter, groups, total, text_path, config."""
+    """Counts and dimensions as plain values: dtype, bytes_per_parameter, groups, total, text_path, config; and why this
+    machine cannot run the fused expert kernel in bfloat16 (None: it can)."""
     import torch
 
     from mono_internvl.common.parameters import TEXT_PATH, build_on_meta, count_by_part
+    from mono_internvl.experts_mono_internvl import device_refusal
 
     text, vision = config.text_config, config.vision_config
     groups = count_by_part(build_on_meta(config))
+    device = "cuda" if torch.cuda.is_available() else "cpu"
     dtype = config.dtype if isinstance(config.dtype, torch.dtype) else torch.bfloat16
     return {
         "dtype": str(dtype).removeprefix("torch."),
@@ -48,6 +51,7 @@ def describe(config: MonoInternVLConfig) -> dict[str, Any]:
         "groups": groups,
         "total": sum(groups.values()),
         "text_path": sum(groups[name] for name in TEXT_PATH),
+        "expert_kernel_refusal": device_refusal(torch.device(device), torch.bfloat16),
         "config": {
             "layers": text.num_hidden_layers,
             "hidden_size": text.hidden_size,
@@ -58,6 +62,7 @@ def describe(config: MonoInternVLConfig) -> dict[str, Any]:
             "vocab_size": text.vocab_size,
             "max_position_embeddings": text.max_position_embeddings,
             "visual_attention_experts": config.visual_attention_experts,
+            "expert_kernel": text.expert_kernel,
             "image_token_id": config.image_token_id,
             "tile_size": vision.image_size,
             "tokens_per_tile": vision.tokens_per_tile,
@@ -95,6 +100,7 @@ def _print_tables(name: str, facts: dict[str, Any]) -> None:
         ("decoder", f"{shown['layers']} layers, hidden {shown['hidden_size']}, FFN {shown['intermediate_size']}"),
         ("attention", f"{shown['heads']} heads, {shown['kv_heads']} kv heads of {shown['head_dim']}"),
         ("visual attention experts", shown["visual_attention_experts"]),
+        ("expert kernel", f"{shown['expert_kernel']}; here: {facts['expert_kernel_refusal'] or 'it can run'}"),
         ("vocabulary", f"{shown['vocab_size']:,} tokens, <IMG_CONTEXT> is {shown['image_token_id']}"),
         ("positions", f"{shown['max_position_embeddings']:,}"),
         ("tile", f"{shown['tile_size']} px, {shown['tokens_per_tile']} visual tokens of 28 x 28 px"),

@@ -671,7 +671,8 @@ def test_inspect_the_released_size():
         "projector MLP": 12_595_200,
     }
     assert facts["dtype"] == "bfloat16"
-    assert facts["config"]["tokens_per_tile"] == 256
+    assert facts["config"]["tokens_per_tile"] == 256 and facts["config"]["expert_kernel"] == "auto"
+    assert facts["expert_kernel_refusal"] or torch.cuda.is_available()
 
 
 def test_inspect_prints_a_table(folder):
