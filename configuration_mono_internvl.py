@@ -8,12 +8,12 @@ Every value is checked here, once; nothing downstream checks again. The official
 internvl_chat` with an `llm_config`) is understood on the way in; what this model does not know in it is ignored.
 """
 
-import difflib
-from collections.abc import Iterable
 from typing import TYPE_CHECKING, Any
 
 from transformers.configuration_utils import PreTrainedConfig
 from transformers.utils import logging
+
+from .configuration_checks_mono_internvl import check_numbers, check_rope, fields_of, warn_of_misspelt
 
 
 if TYPE_CHECKING:
@@ -28,14 +28,6 @@ logger = logging.get_logger(__name__)
 VISUAL_ATTENTION_EXPERTS = ("none", "qkv", "qkvo")
 # How routed experts are computed, see `experts_mono_internvl.py`.
 EXPERT_KERNELS = ("auto", "plain", "fused")
-# Rope type -> the numbers that it needs. All but `dynamic` have the same frequencies at every length.
-ROPE_NUMBERS: dict[str, tuple[str, ...]] = {
-    "default": (),
-    "dynamic": ("factor",),
-    "linear": ("factor",),
-    "llama3": ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings"),
-    "yarn": ("factor", "original_max_position_embeddings"),
-}
 # Where remote code finds each class; `AutoModel` is the model that chats.
 AUTO_MAP = {
     "AutoConfig": "configuration_mono_internvl.MonoInternVLConfig",
@@ -64,52 +56,6 @@ _RELEASED_NAMES = {
     "use_thumbnail": "use_thumbnail of the image processor",
     "template": "the processor's chat_template",
 }
-
-
-def _check_numbers(where: str, config: Any, names: Iterable[str], kind: Any = int) -> None:
-    """Raise a ValueError that names the first of `names` that is not a positive number of its kind."""
-    for name in names:
-        value = getattr(config, name)
-        if not isinstance(value, kind) or isinstance(value, bool) or not value > 0:
-            wanted = "integer" if kind is int else "number"
-            raise ValueError(f"{where}: {name}={value!r} must be a positive {wanted}")
-
-
-def _warn_of_misspelt(where: str, config: Any, given: Iterable[str]) -> None:
-    """One warning for each key that is kept but not read and that looks like one that is.
-
-    Files of other versions hold keys that nothing here reads, so a key that is not known is no error.
-    """
-    fields = _fields(type(config))
-    for name in given:
-        if name not in fields and not hasattr(PreTrainedConfig, name):
-            close = difflib.get_close_matches(name, fields, n=1, cutoff=0.8)
-            if close:
-                logger.warning(f"{where}: {name} is not known and changes nothing; did you mean {close[0]}?")
-
-
-def _fields(config_class: type[PreTrainedConfig]) -> list[str]:
-    return [name for name in config_class.__annotations__ if not name.startswith("_")]
-
-
-def check_rope(parameters: dict[str, Any]) -> str:
-    """The rope type of `rope_parameters`.
-
-    Raises:
-        ValueError: a type that is not known, or a number that it needs is missing; names it and what is allowed.
-    """
-    kind = parameters.get("rope_type") or "default"
-    if parameters.get("partial_rotary_factor") not in (None, 1, 1.0):
-        raise ValueError(
-            f"text_config: partial_rotary_factor={parameters['partial_rotary_factor']} is not supported, only 1"
-        )
-    if kind not in ROPE_NUMBERS:
-        raise ValueError(f"text_config: rope type {kind!r} is not known; allowed are {', '.join(ROPE_NUMBERS)}")
-    for name in ROPE_NUMBERS[kind]:
-        value = parameters.get(name)
-        if isinstance(value, bool) or not isinstance(value, (int, float)) or value <= 0:
-            raise ValueError(f"text_config: rope type {kind} needs {name} as a positive number, not {value!r}")
-    return kind
 
 
 # Follow `image_token_id` where they are not given.
@@ -147,8 +93,8 @@ class MonoInternVLVisionConfig(PreTrainedConfig):
     image_std: list[float] | tuple[float, ...] = (0.229, 0.224, 0.225)
 
     def __post_init__(self, **kwargs: Any):
-        _warn_of_misspelt("vision_config", self, kwargs)
-        _check_numbers("vision_config", self, ("hidden_size", "patch_size", "image_size"))
+        warn_of_misspelt("vision_config", self, kwargs)
+        check_numbers("vision_config", self, ("hidden_size", "patch_size", "image_size"))
         for name in ("image_mean", "image_std"):
             value = getattr(self, name)
             if not isinstance(value, (list, tuple)) or [isinstance(v, (int, float)) for v in value] != [True] * 3:
@@ -183,7 +129,7 @@ class MonoInternVLTextConfig(PreTrainedConfig):
         expert_kernel: how routed experts are computed: `plain`; `fused`, by a Triton kernel wherever it can run; or
             `auto`, by the kernel where it is faster (`experts_mono_internvl.py`). May be changed on a loaded model.
         drop_path_rate: stochastic depth of the residual branches while training, growing linearly with depth.
-        rope_parameters: `{"rope_type", "rope_theta"}` and what the type needs (`ROPE_NUMBERS`); older files'
+        rope_parameters: `{"rope_type", "rope_theta"}` and what the type needs (`check_rope`); older files'
             `rope_theta` and `rope_scaling` are folded into it.
     """
 
@@ -232,12 +178,12 @@ class MonoInternVLTextConfig(PreTrainedConfig):
         # InternLM2's own name for it; a pinned attention backend would overrule the caller's.
         self.attention_bias = kwargs.pop("bias", self.attention_bias)
         kwargs.pop("attn_implementation", None)
-        _warn_of_misspelt(
+        warn_of_misspelt(
             "text_config", self, [name for name in kwargs if name not in ("rope_scaling", "rope_theta", "bias")]
         )
         sizes = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads")
-        _check_numbers("text_config", self, (*sizes, "max_position_embeddings"))
-        _check_numbers("text_config", self, ("rms_norm_eps", "initializer_range"), (int, float))
+        check_numbers("text_config", self, (*sizes, "max_position_embeddings"))
+        check_numbers("text_config", self, ("rms_norm_eps", "initializer_range"), (int, float))
         if self.num_key_value_heads is None:
             self.num_key_value_heads = self.num_attention_heads
         if self.hidden_size % self.num_attention_heads and self.head_dim is None:
@@ -247,7 +193,7 @@ class MonoInternVLTextConfig(PreTrainedConfig):
             )
         if self.head_dim is None:
             self.head_dim = self.hidden_size // self.num_attention_heads
-        _check_numbers("text_config", self, ("num_key_value_heads", "head_dim"))
+        check_numbers("text_config", self, ("num_key_value_heads", "head_dim"))
         if self.head_dim % 2:
             raise ValueError(f"text_config: head_dim={self.head_dim} must be even, rotations turn pairs")
         if self.num_attention_heads % self.num_key_value_heads:
@@ -295,7 +241,7 @@ class MonoInternVLTextConfig(PreTrainedConfig):
 
 def _only_fields(values: dict[str, Any], config_class: type[PreTrainedConfig], extra: tuple[str, ...] = ()) -> dict:
     """The entries of an official sub-config that `config_class` (or `extra`) knows."""
-    known = _fields(config_class)
+    known = fields_of(config_class)
     return {name: value for name, value in values.items() if name in known or name in extra}
 
 
@@ -337,7 +283,7 @@ class MonoInternVLConfig(PreTrainedConfig):
         kwargs.pop("auto_map", None)
         if "llm_config" in kwargs:
             kwargs = self._read_official(kwargs)
-        _warn_of_misspelt("config", self, kwargs)
+        warn_of_misspelt("config", self, kwargs)
         for name in _TEXT_DIMENSIONS.intersection(kwargs):
             logger.warning(f"config: {name} changes nothing here; it belongs into text_config")
 

@@ -4,7 +4,8 @@ import torch
 from torch import nn
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
-from .configuration_mono_internvl import MonoInternVLTextConfig, check_rope
+from .configuration_checks_mono_internvl import check_rope
+from .configuration_mono_internvl import MonoInternVLTextConfig
 
 
 class MonoInternVLRotaryEmbedding(nn.Module):

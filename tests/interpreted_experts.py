@@ -14,10 +14,9 @@ from typing import NamedTuple
 
 import pytest
 import torch
-from test_routing import MASK, ROWS, tiles
 from torch import nn
 
-from conftest import ROOT, tiny_model
+from conftest import MASK, ROOT, ROWS, tiles, tiny_model
 from mono_internvl import MonoInternVLTextConfig
 from mono_internvl import experts_mono_internvl as experts
 from mono_internvl.experts_mono_internvl import kernel_refusal, routed_feed_forward, routed_linear

@@ -14,12 +14,11 @@ from types import SimpleNamespace
 import pytest
 import torch
 from interpreted_experts import BF16, F32, exact, fault, launches, lines, text_or_visual  # noqa: F401 (fixtures)
-from test_routing import MASK, ROWS, tiles
 from torch import nn
 from transformers import AutoConfig
 from transformers.dynamic_module_utils import get_imports, get_relative_import_files
 
-from conftest import ROOT, tiny_config, tiny_model
+from conftest import MASK, ROOT, ROWS, tiles, tiny_config, tiny_model
 from mono_internvl import MonoInternVLForCausalLM, MonoInternVLTextConfig
 from mono_internvl import experts_mono_internvl as experts
 from mono_internvl.benchmarks.measure import choose_place

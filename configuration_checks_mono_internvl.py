@@ -1,0 +1,67 @@
+"""What the values of a configuration must be; asked once, when it is made."""
+
+import difflib
+from collections.abc import Iterable
+from typing import Any
+
+from transformers.configuration_utils import PreTrainedConfig
+from transformers.utils import logging
+
+
+logger = logging.get_logger(__name__)
+
+# Rope type -> the numbers that it needs. All but `dynamic` have the same frequencies at every length.
+ROPE_NUMBERS: dict[str, tuple[str, ...]] = {
+    "default": (),
+    "dynamic": ("factor",),
+    "linear": ("factor",),
+    "llama3": ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings"),
+    "yarn": ("factor", "original_max_position_embeddings"),
+}
+
+
+def check_numbers(where: str, config: Any, names: Iterable[str], kind: Any = int) -> None:
+    """Raise a ValueError that names the first of `names` that is not a positive number of its kind."""
+    for name in names:
+        value = getattr(config, name)
+        if not isinstance(value, kind) or isinstance(value, bool) or not value > 0:
+            wanted = "integer" if kind is int else "number"
+            raise ValueError(f"{where}: {name}={value!r} must be a positive {wanted}")
+
+
+def warn_of_misspelt(where: str, config: Any, given: Iterable[str]) -> None:
+    """One warning for each key that is kept but not read and that looks like one that is.
+
+    Files of other versions hold keys that nothing here reads, so a key that is not known is no error.
+    """
+    fields = fields_of(type(config))
+    for name in given:
+        if name not in fields and not hasattr(PreTrainedConfig, name):
+            close = difflib.get_close_matches(name, fields, n=1, cutoff=0.8)
+            if close:
+                logger.warning(f"{where}: {name} is not known and changes nothing; did you mean {close[0]}?")
+
+
+def fields_of(config_class: type[PreTrainedConfig]) -> list[str]:
+    """The names that a configuration class has of its own."""
+    return [name for name in config_class.__annotations__ if not name.startswith("_")]
+
+
+def check_rope(parameters: dict[str, Any]) -> str:
+    """The rope type of `rope_parameters`.
+
+    Raises:
+        ValueError: a type that is not known, or a number that it needs is missing; names it and what is allowed.
+    """
+    kind = parameters.get("rope_type") or "default"
+    if parameters.get("partial_rotary_factor") not in (None, 1, 1.0):
+        raise ValueError(
+            f"text_config: partial_rotary_factor={parameters['partial_rotary_factor']} is not supported, only 1"
+        )
+    if kind not in ROPE_NUMBERS:
+        raise ValueError(f"text_config: rope type {kind!r} is not known; allowed are {', '.join(ROPE_NUMBERS)}")
+    for name in ROPE_NUMBERS[kind]:
+        value = parameters.get(name)
+        if isinstance(value, bool) or not isinstance(value, (int, float)) or value <= 0:
+            raise ValueError(f"text_config: rope type {kind} needs {name} as a positive number, not {value!r}")
+    return kind
