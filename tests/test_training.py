@@ -14,7 +14,7 @@ import torch
 import yaml
 from PIL import Image, ImageDraw
 from safetensors.torch import load_file
-from transformers import LlamaConfig, LlamaForCausalLM
+from transformers import LlamaConfig, LlamaForCausalLM, TrainerCallback, TrainingArguments
 
 from conftest import ROOT, load_golden, tiny_model
 from mono_internvl import MonoInternVLForCausalLM, MonoInternVLProcessor
@@ -24,6 +24,7 @@ from mono_internvl.plates.drawing import draw_plate
 from mono_internvl.plates.tasks import TASKS, PlateWorld, name_patches
 from mono_internvl.plates.words import Item, Plate
 from mono_internvl.training import curves
+from mono_internvl.training.checkpoints import WholeCheckpoints, checkpoints
 from mono_internvl.training.data import Collator, PackCollator, encode_conversation, picture_sizes, target_weights
 from mono_internvl.training.groups import count_parameters, grouped_parameters, linear_modules
 from mono_internvl.training.loading import (
@@ -39,7 +40,7 @@ from mono_internvl.training.records import BadSample
 from mono_internvl.training.run import run_stage
 from mono_internvl.training.sources import FileRecords, Source, open_sources
 from mono_internvl.training.stages import load_stage, recipe_names
-from mono_internvl.training.trainer import EViPTrainer, checkpoints, learnt_places, weighted_loss_sum
+from mono_internvl.training.trainer import EViPTrainer, learnt_places, weighted_loss_sum
 
 
 @pytest.fixture(scope="module")
@@ -666,8 +667,6 @@ def test_killed_and_resumed_gives_the_same_losses_and_weights(tmp_path, folder, 
 
 
 def test_a_full_disk_leaves_the_checkpoint_before(tmp_path, folder, data, monkeypatch):
-    from mono_internvl.training.trainer import EViPTrainer
-
     saved = EViPTrainer._save_rng_state
 
     def full(self, output_dir):
@@ -682,6 +681,69 @@ def test_a_full_disk_leaves_the_checkpoint_before(tmp_path, folder, data, monkey
     (kept,) = checkpoints(tmp_path / "runs" / "stage")
     assert kept.name == "checkpoint-2" and (kept / "optimizer.pt").exists()
     assert not (tmp_path / "runs" / "stage" / "unfinished").exists()
+
+
+class _Watch(TrainerCallback):
+    """What a callback sees when a checkpoint has been saved."""
+
+    def __init__(self):
+        self.seen: list[tuple] = []
+
+    def on_save(self, args, state, control, **kwargs):
+        folder = Path(args.output_dir) / f"checkpoint-{state.global_step}"
+        told = json.loads((folder / "trainer_state.json").read_text())["best_model_checkpoint"]
+        there = [path.name for path in checkpoints(Path(args.output_dir))]
+        self.seen.append((state.global_step, told, state.best_model_checkpoint, there))
+
+
+def test_callbacks_the_best_and_the_limit_see_a_checkpoint_by_its_last_name(tmp_path):
+    """Losses of evaluation 3, 1, 2, 4: the second checkpoint is the best, and stays where the limit is two."""
+    torch.manual_seed(0)
+    rows = [{"x": torch.randn(3), "labels": torch.randn(1)} for _ in range(8)]
+    found = iter((3.0, 1.0, 2.0, 4.0))
+
+    class Module(torch.nn.Linear):
+        def forward(self, x, labels):
+            out = super().forward(x)
+            return {"loss": (out - labels).square().mean(), "logits": out}
+
+    watch = _Watch()
+    arguments = TrainingArguments(
+        output_dir=str(tmp_path / "runs"),
+        max_steps=4,
+        per_device_train_batch_size=2,
+        eval_strategy="steps",
+        eval_steps=1,
+        save_steps=1,
+        save_total_limit=2,
+        load_best_model_at_end=True,
+        metric_for_best_model="told",
+        greater_is_better=False,
+        use_cpu=True,
+        report_to=[],
+        disable_tqdm=True,
+    )
+    trainer = WholeCheckpoints(
+        model=Module(3, 1),
+        args=arguments,
+        train_dataset=rows,
+        eval_dataset=rows,
+        compute_metrics=lambda prediction: {"told": next(found)},
+        callbacks=[watch],
+    )
+    trainer.train()
+    names = [f"checkpoint-{step}" for step in range(1, 5)]
+    first, second = (str(tmp_path / "runs" / name) for name in names[:2])
+    assert watch.seen == [
+        (1, first, first, names[:1]),
+        (2, second, second, names[:2]),
+        (3, second, second, names[1:3]),
+        (4, second, second, [names[1], names[3]]),
+    ]
+    assert arguments.output_dir == str(tmp_path / "runs") and arguments.save_total_limit == 2
+    # The model at the end is the best one's.
+    assert torch.equal(trainer.model.weight, load_file(Path(second) / "model.safetensors")["weight"])
+    assert not torch.equal(trainer.model.weight, load_file(tmp_path / "runs/checkpoint-4/model.safetensors")["weight"])
 
 
 # --------------------------------------------------------------------------------------------------- several processes

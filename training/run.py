@@ -20,11 +20,12 @@ from ..plates.tasks import PlateWorld
 from ..processing_mono_internvl import MonoInternVLProcessor
 from ..tiling_mono_internvl import count_tiles
 from ..training_mono_internvl import make_drop_path
+from .checkpoints import checkpoints
 from .groups import count_parameters, linear_modules, train_only
 from .loading import Batches, Conversations, Key, UnitBatches, mixture, one_pass, packed
 from .sources import Source, open_sources
 from .stages import RECIPES, Stage, load_stage
-from .trainer import EViPTrainer, Progress, checkpoints
+from .trainer import EViPTrainer, Progress
 
 
 logger = logging.getLogger(__name__)

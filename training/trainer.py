@@ -1,18 +1,16 @@
 """transformers' `Trainer`, extended where EViP needs it: units as batches, weighted loss, whole checkpoints."""
 
 import logging
-import shutil
 import time
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import torch
 from torch.nn import functional as F
 from torch.utils.data import DataLoader
-from transformers import Trainer, TrainerCallback
-from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
+from transformers import TrainerCallback
 
+from .checkpoints import WholeCheckpoints
 from .data import IGNORED
 from .loading import Batches, Conversations, UnitBatches
 from .records import BadSample
@@ -42,7 +40,7 @@ def learnt_places(labels: torch.Tensor) -> torch.Tensor:
     return places if len(places) else places.new_zeros(1)
 
 
-class EViPTrainer(Trainer):
+class EViPTrainer(WholeCheckpoints):
     """A `Trainer` for one stage.
 
     Batches come from `UnitBatches` as they are: each rank reads its own. Only parameters that train have gradients and
@@ -154,38 +152,6 @@ class EViPTrainer(Trainer):
             counts = self.accelerator.gather(counts).reshape(-1, 2).sum(0)
         read, bad = counts.tolist()
         return read, bad
-
-    # ---- checkpoints: whole or not there
-
-    def _save_checkpoint(self, model: torch.nn.Module, trial: Any) -> None:
-        """Write to a temporary folder and rename it: a checkpoint is whole, or it is not there."""
-        runs = Path(str(self.args.output_dir))
-        name = f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}"
-        unfinished = runs / "unfinished"
-        limit, self.args.save_total_limit = self.args.save_total_limit, None
-        try:
-            if self.is_world_process_zero():
-                shutil.rmtree(unfinished, ignore_errors=True)
-            self.accelerator.wait_for_everyone()
-            self.args.output_dir = str(unfinished)
-            super()._save_checkpoint(model, trial)
-            self.accelerator.wait_for_everyone()
-            if self.is_world_process_zero():
-                shutil.rmtree(runs / name, ignore_errors=True)
-                (unfinished / name).rename(runs / name)
-                for old in checkpoints(runs)[:-limit] if limit else []:
-                    shutil.rmtree(old)
-            self.accelerator.wait_for_everyone()
-        finally:
-            self.args.output_dir, self.args.save_total_limit = str(runs), limit
-            if self.is_world_process_zero():
-                shutil.rmtree(unfinished, ignore_errors=True)
-
-
-def checkpoints(runs: Path) -> list[Path]:
-    """Whole checkpoints, oldest first."""
-    found = [path for path in runs.glob(f"{PREFIX_CHECKPOINT_DIR}-*") if path.is_dir()]
-    return sorted(found, key=lambda path: int(path.name.rpartition("-")[2]))
 
 
 class Progress(TrainerCallback):
