@@ -53,7 +53,6 @@ setup(
     ],
     extras_require={
         "train": TRAIN,
-        "droppath": ["timm"],
         "flash": ["flash-attn"],
         # In an environment of its own, with serving/constraints.txt.
         "serve": ["vllm"],

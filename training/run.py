@@ -13,7 +13,6 @@ from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM, TrainingA
 from transformers.integrations import is_tensorboard_available
 
 from ..common.files import write_json
-from ..configuration_mono_internvl import MonoInternVLTextConfig
 from ..image_processing_mono_internvl import MonoInternVLImageProcessor
 from ..modeling_mono_internvl import MonoInternVLForCausalLM
 from ..plates.tasks import PlateWorld
@@ -79,9 +78,6 @@ def run_stage(
     kept = checkpoints(folder)
     if kept and not resume:
         raise ValueError(f"{folder} holds checkpoints of an earlier run: pass --resume to go on, or remove them")
-    if stage.drop_path:
-        # What it needs is missed now, not when the model has been loaded.
-        make_drop_path(MonoInternVLTextConfig(drop_path_rate=stage.drop_path), 1)
     # Before anything is read or built: whatever starts at random starts the same.
     set_seed(stage.seed)
     state = PartialState(cpu=not torch.cuda.is_available())

@@ -52,7 +52,7 @@ class Stage:
         batch_size: samples (packs, if packing) of one optimiser step, over all processes and accumulation.
         accumulation: micro-steps of one optimiser step.
         warmup: warm-up in steps, or as a share of all steps if below 1.
-        drop_path: stochastic depth while training; needs timm.
+        drop_path: stochastic depth while training, growing linearly with depth up to this share.
         lora: `{"groups": [...], "r": 16, "alpha": 32, "dropout": 0.0}`: adapters instead of full training of `trains`.
         save_dtype: of the finished model, float32 or bfloat16.
         on_bad_sample: error, or skip: leave it out, count it and log its name; the run fails above `max_bad_share`.
@@ -126,9 +126,11 @@ class Stage:
         for key in ("workers", "warmup", "weight_decay", "max_grad_norm"):
             if not getattr(self, key) >= 0:
                 raise ValueError(f"{key}: {getattr(self, key)} must not be negative")
-        for key in ("max_bad_share", "drop_path", "min_lr_rate"):
+        for key in ("max_bad_share", "min_lr_rate"):
             if not 0 <= getattr(self, key) <= 1:
                 raise ValueError(f"{key}: {getattr(self, key)} must be between 0 and 1")
+        if not 0 <= self.drop_path < 1:
+            raise ValueError(f"drop_path: {self.drop_path} must be at least 0 and less than 1")
         if self.batch_size % self.accumulation:
             raise ValueError(f"batch_size: {self.batch_size} must be a multiple of accumulation {self.accumulation}")
         if self.lora and self.trains:
