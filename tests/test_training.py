@@ -15,15 +15,18 @@ import yaml
 from PIL import Image, ImageDraw
 from safetensors.torch import load_file
 from transformers import LlamaConfig, LlamaForCausalLM, TrainerCallback, TrainingArguments
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from conftest import ROOT, load_golden, tiny_model
 from mono_internvl import MonoInternVLForCausalLM, MonoInternVLProcessor
+from mono_internvl.common.compiling import compile_layers, uncompile_layers
 from mono_internvl.common.parameters import GROUPS, group_of
 from mono_internvl.image_processing_mono_internvl import choose_grid
 from mono_internvl.plates.drawing import draw_plate
 from mono_internvl.plates.tasks import TASKS, PlateWorld, name_patches
 from mono_internvl.plates.words import Item, Plate
 from mono_internvl.training import curves
+from mono_internvl.training.backend import choose_backend
 from mono_internvl.training.checkpoints import WholeCheckpoints, checkpoints
 from mono_internvl.training.data import Collator, PackCollator, encode_conversation, picture_sizes, target_weights
 from mono_internvl.training.groups import count_parameters, grouped_parameters, linear_modules
@@ -41,6 +44,7 @@ from mono_internvl.training.run import run_stage
 from mono_internvl.training.sources import FileRecords, Source, open_sources
 from mono_internvl.training.stages import load_stage, recipe_names
 from mono_internvl.training.trainer import EViPTrainer, learnt_places, weighted_loss_sum
+from mono_internvl.training_mono_internvl import make_drop_path
 
 
 @pytest.fixture(scope="module")
@@ -628,6 +632,159 @@ def test_a_stage_that_cannot_run_says_why(tmp_path, folder, data, changes, words
         run_stage, recipe(tmp_path, folder, data, **changes), runs=tmp_path / "runs", kind=(ValueError, OSError)
     )
     assert all(word in message for word in words), message
+
+
+# ---------------------------------------------------------------------------------------------- attention and compiling
+
+
+@pytest.fixture
+def graphs(monkeypatch):
+    """Counts graphs that `compile_layers` makes, whose backend is the eager one: no C++ compiler is waited for."""
+    seen: list[int] = []
+
+    def compiled(*models, **options):
+        compile_layers(*models, **{**options, "backend": count})
+
+    def count(graph, inputs):
+        seen.append(len(inputs))
+        return aot_eager(graph, inputs)
+
+    aot_eager = torch._dynamo.lookup_backend("aot_eager")
+    monkeypatch.setattr("mono_internvl.training.trainer.compile_layers", compiled)
+    torch.compiler.reset()
+    yield seen
+    torch.compiler.reset()
+
+
+@pytest.mark.parametrize(
+    ("missing", "changes", "attention", "compiles", "row_length", "words"),
+    [
+        # What a recipe says by default, on a GPU and on a CPU.
+        (None, {}, "flex_attention", True, 160, "layers compiled"),
+        ("no CUDA device", {}, None, False, None, "no CUDA device"),
+        (None, {"packing": False}, None, False, None, "rows differ in length"),
+        (None, {"packing": False, "padding_free": True}, None, False, None, "new shapes in every batch"),
+        (None, {"attn_implementation": "sdpa"}, "sdpa", False, None, "new shapes in every batch"),
+        # A word of the recipe's own is kept.
+        (None, {"compile": False}, "flex_attention", False, 160, "by the recipe"),
+        (None, {"compile": True, "packing": False}, None, True, None, "rows differ in length"),
+        ("no CUDA device", {"compile": True}, None, True, 160, "new shapes in every batch"),
+        ("no CUDA device", {"attn_implementation": "flex_attention"}, "flex_attention", False, 160, "no CUDA device"),
+    ],
+)
+def test_what_auto_means(tmp_path, folder, data, monkeypatch, missing, changes, attention, compiles, row_length, words):
+    monkeypatch.setattr("mono_internvl.training.backend.reason_not_to_compile", lambda: missing)
+    backend = choose_backend(load_stage(recipe(tmp_path, folder, data, **changes)))
+    assert backend[:3] == (attention, compiles, row_length)
+    assert words in str(backend)
+
+
+@pytest.mark.parametrize("name", recipe_names())
+def test_recipes_leave_the_choice_to_the_machine(name):
+    stage = load_stage(name)
+    assert (stage.compile, stage.attn_implementation) == ("auto", "auto")
+
+
+def test_compile_is_a_word_or_a_truth_value():
+    assert [load_stage("nano/text", {"compile": value}).compile for value in ("auto", "true", "false")] == [
+        "auto",
+        True,
+        False,
+    ]
+    assert "compile: unknown value 'autos'; did you mean auto? Allowed: auto, true, false" in error_of(
+        load_stage, "nano/text", {"compile": "autos"}
+    )
+
+
+@pytest.mark.parametrize("checkpointing", [False, True])
+@pytest.mark.parametrize("changes", [{"attn_implementation": "eager"}, {"packing": False, "max_length": 400}])
+def test_compiled_layers_give_the_curve_of_layers_as_they_are(tmp_path, folder, data, graphs, checkpointing, changes):
+    """Packs and padded rows, with and without activation checkpointing; the model saved has its names."""
+    curves = {}
+    for compiles in (False, True):
+        runs = tmp_path / f"runs{compiles}"
+        changes = {**changes, "compile": compiles, "gradient_checkpointing": checkpointing}
+        out = run_stage(recipe(tmp_path, folder, data, trains=list(GROUPS[:2]), **changes), runs=runs)
+        curves[compiles] = torch.tensor(losses(runs))
+        assert bool(graphs) == compiles
+    torch.testing.assert_close(curves[True], curves[False], atol=1e-5, rtol=0)
+    assert set(load_file(out / "model.safetensors")) == set(load_file(folder / "model.safetensors"))
+
+
+def packs_of(processor, layouts: list[tuple[int, ...]], length: int) -> list[dict[str, torch.Tensor]]:
+    """A batch of one pack for each layout, the tiles of its samples; padded to `length`."""
+    collate, patches = PackCollator(2, length=length), processor.tokens_per_tile
+    batches = []
+    for tiles in layouts:
+        pack = []
+        for count in tiles:
+            ids = torch.cat([torch.full((count * patches,), processor.image_token_id), torch.arange(5, 12 + count)])
+            pixels = torch.randint(0, 256, (count, patches, 3 * 28 * 28), dtype=torch.uint8)
+            pack.append({"input_ids": ids, "labels": ids.clone(), "pixel_values": pixels})
+        batches.append(collate([pack]))
+    return batches
+
+
+@pytest.mark.parametrize("attention", ["flex_attention", "eager"])
+def test_graphs_do_not_grow_with_the_numbers_of_tiles_and_samples(folder, processor, attention):
+    """Three for all layers and packs: the first pack's, any other's, one's without a picture. As many with stochastic
+    depth, whose rate differs from layer to layer, and one more for its first layer."""
+    layouts = [(4, 1, 3), (2, 2), (1, 1, 1, 1, 1), (0, 0), (3,), (1, 4, 2, 0), (0,), (2, 0, 1, 3), (5, 2), (1, 2, 1)]
+    batches = packs_of(processor, layouts, 160)
+    # flex has no backward on a CPU.
+    learns = attention != "flex_attention"
+    for rate, most in ((0.0, 3), (0.4, 4)):
+        model = MonoInternVLForCausalLM.from_pretrained(folder, attn_implementation=attention).train()
+        model.config.text_config.drop_path_rate = rate
+        for number, layer in enumerate(model.model.language_model.layers):
+            layer.drop_path = make_drop_path(model.config.text_config, number)
+        seen: list[int] = []
+        torch.compiler.reset()
+
+        def count(graph, inputs, seen=seen):
+            seen.append(len(inputs))
+            return graph
+
+        compile_layers(model, backend=count, fullgraph=True)
+        numbers = []
+        for batch in batches:
+            inputs = {name: batch[name] for name in ("input_ids", "position_ids", "pixel_values")}
+            with torch.set_grad_enabled(learns):
+                logits = model(**inputs, use_cache=False, logits_to_keep=torch.arange(9)).logits
+            if learns:
+                logits.sum().backward()
+            numbers.append(len(seen))
+        uncompile_layers(model)
+        assert numbers[4:] == [numbers[4]] * 6 and 2 <= numbers[-1] <= most, numbers
+        assert all("forward" not in layer.__dict__ for layer in model.model.language_model.layers)
+
+
+def test_packs_are_filled_up_to_one_length_where_shapes_must_not_change(folder, processor):
+    short, long = packs_of(processor, [(1,), (2, 2)], 100)
+    for batch in (short, long):
+        assert batch["input_ids"].shape == batch["loss_weights"].shape == (1, 100)
+    model = MonoInternVLForCausalLM.from_pretrained(folder).eval()
+    (unpadded,) = packs_of(processor, [(1,)], 0)
+    unpadded["pixel_values"] = short["pixel_values"]
+    with torch.no_grad():
+        torch.testing.assert_close(loss_of(model, short), loss_of(model, unpadded), atol=1e-6, rtol=0)
+
+
+def test_flex_gets_one_dtype_under_autocast(folder, processor, monkeypatch):
+    """Rotation leaves float32 queries and keys beside bfloat16 values, which no kernel of flex takes."""
+    seen: list[set] = []
+    flex = ALL_ATTENTION_FUNCTIONS["flex_attention"]
+
+    def watched(module, query, key, value, *args, **kwargs):
+        seen.append({query.dtype, key.dtype, value.dtype})
+        return flex(module, query, key, value, *args, **kwargs)
+
+    monkeypatch.setitem(ALL_ATTENTION_FUNCTIONS._global_mapping, "flex_attention", watched)
+    model = MonoInternVLForCausalLM.from_pretrained(folder, attn_implementation="flex_attention").train()
+    (batch,) = packs_of(processor, [(1, 2)], 64)
+    with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
+        loss_of(model, batch)
+    assert seen == [{torch.bfloat16}] * len(model.model.language_model.layers)
 
 
 # ------------------------------------------------------------------------------------------------------------ resuming

@@ -8,8 +8,9 @@ from typing import Any
 import torch
 from torch.nn import functional as F
 from torch.utils.data import DataLoader
-from transformers import TrainerCallback
+from transformers import PrinterCallback, TrainerCallback
 
+from ..common.compiling import compile_layers, uncompile_layers
 from .checkpoints import WholeCheckpoints
 from .data import IGNORED
 from .loading import Batches, Conversations, UnitBatches
@@ -50,6 +51,7 @@ class EViPTrainer(WholeCheckpoints):
     Args:
         conversations, batches, micro_batches: data set, collator and sampler.
         max_bad_share: the run fails when more of the samples read were bad.
+        compiles: compile each decoder layer for as long as it trains.
     """
 
     def __init__(
@@ -59,11 +61,16 @@ class EViPTrainer(WholeCheckpoints):
         batches: Batches,
         micro_batches: UnitBatches,
         max_bad_share: float = 0.01,
+        compiles: bool = False,
         **kwargs: Any,
     ):
         self.micro_batches, self.max_bad_share = micro_batches, max_bad_share
         self.samples_read, self.bad_samples, self.waited = 0, 0, 0.0
         super().__init__(train_dataset=conversations, data_collator=batches, **kwargs)
+        # Progress tells what is logged; this one prints it once more, to stdout.
+        self.remove_callback(PrinterCallback)
+        if compiles:
+            self.add_callback(CompiledLayers)
         # The loss below divides by the step's weights itself.
         self.model_accepts_loss_kwargs = True
         # A dense language model, in the text stage, has no place for pixels.
@@ -152,6 +159,19 @@ class EViPTrainer(WholeCheckpoints):
             counts = self.accelerator.gather(counts).reshape(-1, 2).sum(0)
         read, bad = counts.tolist()
         return read, bad
+
+
+class CompiledLayers(TrainerCallback):
+    """Decoder layers are compiled while training.
+
+    It begins after DDP, FSDP or ZeRO have taken the model, as it has to: FSDP2 changes the class of each layer.
+    """
+
+    def on_train_begin(self, args, state, control, model=None, **kwargs):  # type: ignore[no-untyped-def]
+        compile_layers(model)
+
+    def on_train_end(self, args, state, control, model=None, **kwargs):  # type: ignore[no-untyped-def]
+        uncompile_layers(model)
 
 
 class Progress(TrainerCallback):
