@@ -14,6 +14,9 @@ from transformers.models.llama.modeling_llama import LlamaDecoderLayer
 from ..modeling_mono_internvl import MonoInternVLDecoderLayer
 
 
+# Graphs of one layer before torch gives up and runs it as it is. Packs need three; a first layer whose input is a view,
+# the absence of a mask and what FSDP hands on each double that.
+MOST_GRAPHS = 32
 LAYERS = (MonoInternVLDecoderLayer, LlamaDecoderLayer)
 
 
@@ -39,7 +42,9 @@ def compile_layers(
     """
     # DDP's own cutting of graphs is for whole models, and refuses FlexAttention: each layer is one graph, and its
     # gradients travel while the layer before it is computed.
-    torch._dynamo.config.optimize_ddp = False
+    config = torch._dynamo.config
+    config.optimize_ddp = False
+    config.recompile_limit = max(config.recompile_limit, MOST_GRAPHS)
     for layer in decoder_layers(*models):
         layer.forward = torch.compile(layer.forward, fullgraph=fullgraph, dynamic=dynamic, backend=backend)
 

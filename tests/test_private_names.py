@@ -34,6 +34,8 @@ NEEDED = (
     ("transformers", "Trainer._get_num_items_in_batch", "training/trainer.py", "weights of a step's targets"),
     ("transformers", "Trainer._save_checkpoint", "training/checkpoints.py", "when a checkpoint is written"),
     ("transformers", "Trainer._get_output_dir", "training/checkpoints.py", "where a checkpoint is written"),
+    ("torch._dynamo.config", "optimize_ddp", "common/compiling.py", "a graph for each layer under DDP"),
+    ("torch._dynamo.config", "recompile_limit", "common/compiling.py", "layers whose inputs come in several kinds"),
     ("torch", "_assert_async", "modeling_mono_internvl.py", "the placeholder count under torch.compile"),
     ("torch.cpu", "_is_amx_tile_supported", "compat_mono_internvl.py", "the dtype on a CPU"),
     ("torch.cpu", "_is_avx512_bf16_supported", "compat_mono_internvl.py", "the dtype on a CPU"),

@@ -663,12 +663,13 @@ def graphs(monkeypatch):
         (None, {}, "flex_attention", True, 160, "layers compiled"),
         ("no CUDA device", {}, None, False, None, "no CUDA device"),
         (None, {"packing": False}, None, False, None, "rows differ in length"),
-        (None, {"packing": False, "padding_free": True}, None, False, None, "new shapes in every batch"),
-        (None, {"attn_implementation": "sdpa"}, "sdpa", False, None, "new shapes in every batch"),
+        (None, {"packing": False, "padding_free": True}, None, False, None, "another shape"),
+        (None, {"attn_implementation": "sdpa"}, "sdpa", False, None, "another shape"),
+        (None, {"attn_implementation": "eager"}, "eager", False, None, "only under flex_attention"),
         # A word of the recipe's own is kept.
         (None, {"compile": False}, "flex_attention", False, 160, "by the recipe"),
         (None, {"compile": True, "packing": False}, None, True, None, "rows differ in length"),
-        ("no CUDA device", {"compile": True}, None, True, 160, "new shapes in every batch"),
+        ("no CUDA device", {"compile": True}, None, True, 160, "another shape"),
         ("no CUDA device", {"attn_implementation": "flex_attention"}, "flex_attention", False, 160, "no CUDA device"),
     ],
 )
@@ -910,9 +911,10 @@ import gc, sys, torch, torch.distributed as dist
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor
 from mono_internvl import MonoInternVLForCausalLM
+from mono_internvl.common.compiling import compile_layers
 from mono_internvl.training.groups import train_only
 from mono_internvl.training.trainer import weighted_loss_sum
-folder, batches, out = sys.argv[1:]
+folder, batches, out, compiles = sys.argv[1:]
 dist.init_process_group("gloo")
 rank, world = dist.get_rank(), dist.get_world_size()
 model = MonoInternVLForCausalLM.from_pretrained(folder).train()
@@ -921,6 +923,13 @@ for layer in model.model.language_model.layers:
     fully_shard(layer)
 fully_shard(model)
 assert all(isinstance(p, DTensor) for p in model.parameters())
+graphs = []
+if compiles:
+    from transformers import TrainingArguments
+    named = {"activation_checkpointing", "gradient_checkpointing"} & set(TrainingArguments.__dataclass_fields__)
+    getattr(model, sorted(named)[0] + "_enable")({"use_reentrant": False})
+    aot_eager = torch._dynamo.lookup_backend("aot_eager")
+    compile_layers(model, backend=lambda graph, inputs: graphs.append(graph) or aot_eager(graph, inputs))
 optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-3)
 losses = []
 for step in torch.load(batches):
@@ -932,6 +941,8 @@ for step in torch.load(batches):
     optimizer.step(); optimizer.zero_grad()
     loss = loss.detach(); dist.all_reduce(loss)
     losses.append(float(loss))
+# First and later layers, with and without a picture, the first batch and any other.
+assert bool(graphs) == bool(compiles) and len(graphs) <= 8, len(graphs)
 if rank == 0:
     torch.save(losses, out)
 # What FSDP hangs on the model holds the process group. Where that outlives the interpreter, its threads abort it
@@ -996,7 +1007,9 @@ def test_two_ddp_processes_give_the_curve_of_one(tmp_path, dense, data):
     )
 
 
-def test_two_fsdp2_processes_give_the_curve_of_one(tmp_path, folder, processor, data):
+@pytest.mark.parametrize("compiles", ["", "compiled"])
+def test_two_fsdp2_processes_give_the_curve_of_one(tmp_path, folder, processor, data, compiles):
+    """As they are; and with compiled layers under activation checkpointing, whose hooks stay outside the graphs."""
     conversations = Conversations(open_sources([data / "train.jsonl"]), processor, max_tiles=4, max_length=400)
     collate = Collator(2, "token")
     # Rank 0 has pictures; rank 1 only text (records 2, 6, ...).
@@ -1006,7 +1019,8 @@ def test_two_fsdp2_processes_give_the_curve_of_one(tmp_path, folder, processor, 
     assert all(step[1]["pixel_values"].shape[0] == 0 < step[0]["pixel_values"].shape[0] for step in steps)
     torch.save(steps, tmp_path / "steps.pt")
     (tmp_path / "fsdp.py").write_text(_FSDP)
-    done = torchrun(str(tmp_path / "fsdp.py"), str(folder), str(tmp_path / "steps.pt"), str(tmp_path / "losses.pt"))
+    paths = (tmp_path / "fsdp.py", folder, tmp_path / "steps.pt", tmp_path / "losses.pt")
+    done = torchrun(*map(str, paths), compiles)
     assert done.returncode == 0, done.stderr
 
     from mono_internvl.training.groups import train_only

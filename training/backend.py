@@ -37,15 +37,16 @@ def choose_backend(stage: Stage) -> Backend:
     one_shape = stage.packing and attention == "flex_attention"
     if stage.compile == "auto":
         compiles = missing is None and one_shape
-        reason = "" if compiles else missing or _reason(stage)
+        reason = "" if compiles else missing or _shapes(stage, attention) or "by default only under flex_attention"
     else:
         compiles = bool(stage.compile)
-        reason = "by the recipe" if not compiles else "" if one_shape else _reason(stage)
+        reason = _shapes(stage, attention) if compiles else "by the recipe"
     row_length = stage.max_length if stage.packing and (compiles or one_shape) else None
     return Backend(attention, compiles, row_length, reason)
 
 
-def _reason(stage: Stage) -> str:
-    if stage.packing or stage.padding_free:
-        return "samples joined in a row are new shapes in every batch, except to flex_attention with packing"
-    return "rows differ in length from batch to batch"
+def _shapes(stage: Stage, attention: str | None) -> str:
+    """Why batches of this stage are of many shapes, each of which is compiled until torch gives up; empty if not."""
+    if (stage.packing or stage.padding_free) and attention in (None, "sdpa"):
+        return "sdpa takes each layout of joined samples for another shape; packing with flex_attention does not"
+    return "" if stage.packing else "rows differ in length from batch to batch"
