@@ -712,6 +712,12 @@ def test_compiled_layers_give_the_curve_of_layers_as_they_are(tmp_path, folder, 
     assert set(load_file(out / "model.safetensors")) == set(load_file(folder / "model.safetensors"))
 
 
+def enable_checkpointing(model) -> None:
+    """Newer transformers call it otherwise."""
+    name = "activation" if hasattr(model, "activation_checkpointing_enable") else "gradient"
+    getattr(model, f"{name}_checkpointing_enable")({"use_reentrant": False})
+
+
 def packs_of(processor, layouts: list[tuple[int, ...]], length: int) -> list[dict[str, torch.Tensor]]:
     """A batch of one pack for each layout, the tiles of its samples; padded to `length`."""
     collate, patches = PackCollator(2, length=length), processor.tokens_per_tile
@@ -925,9 +931,8 @@ fully_shard(model)
 assert all(isinstance(p, DTensor) for p in model.parameters())
 graphs = []
 if compiles:
-    from transformers import TrainingArguments
-    named = {"activation_checkpointing", "gradient_checkpointing"} & set(TrainingArguments.__dataclass_fields__)
-    getattr(model, sorted(named)[0] + "_enable")({"use_reentrant": False})
+    name = "activation" if hasattr(model, "activation_checkpointing_enable") else "gradient"
+    getattr(model, f"{name}_checkpointing_enable")({"use_reentrant": False})
     aot_eager = torch._dynamo.lookup_backend("aot_eager")
     compile_layers(model, backend=lambda graph, inputs: graphs.append(graph) or aot_eager(graph, inputs))
 optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-3)
@@ -1041,6 +1046,74 @@ def test_two_fsdp2_processes_give_the_curve_of_one(tmp_path, folder, processor, 
     torch.testing.assert_close(
         torch.tensor(torch.load(tmp_path / "losses.pt")), torch.tensor(single), atol=1e-5, rtol=0
     )
+
+
+# ---------------------------------------------------------------------------------------------------------------- CUDA
+
+
+@pytest.fixture
+def cuda():
+    if not torch.cuda.is_available():
+        pytest.skip("needs a CUDA device")
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("config", ["ddp", "fsdp2", "deepspeed"])
+def test_cuda_configs_run_on_one_gpu(cuda, tmp_path, folder, data, config):
+    """DDP and the files of training/configs, two steps of one process: what a recipe does by default, and activation
+    checkpointing; the curve is that of a run without any of them."""
+    if config == "deepspeed":
+        pytest.importorskip("deepspeed")
+    changes = {"steps": 2, "bf16": True, "gradient_checkpointing": True, "drop_path": 0.0, "trains": list(GROUPS[:2])}
+    path = recipe(tmp_path, folder, data, **changes)
+    run_stage(path, {"compile": False, "attn_implementation": "sdpa"}, runs=tmp_path / "plain")
+    launch = [sys.executable, "-m", "accelerate.commands.launch", "--num_processes", "1"]
+    if config == "ddp":
+        # One process is none to accelerate, unless told so.
+        launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "1"]
+    else:
+        launch += ["--config_file", str(ROOT / "training" / "configs" / f"{config}.yaml")]
+    command = [*launch, "-m", "mono_internvl", "train", str(path), "--runs", str(tmp_path / config)]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=600)
+    assert done.returncode == 0, done.stderr
+    assert "attention flex_attention, layers compiled" in done.stderr
+    torch.testing.assert_close(
+        torch.tensor(losses(tmp_path / config)), torch.tensor(losses(tmp_path / "plain")), atol=2e-2, rtol=0
+    )
+    saved = MonoInternVLForCausalLM.from_pretrained(tmp_path / config / "stage" / "model")
+    assert all(parameter.isfinite().all() for parameter in saved.parameters())
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("checkpointing", [False, True])
+def test_cuda_graphs_of_a_run_do_not_grow(cuda, folder, processor, checkpointing):
+    """Forward and backward under autocast, as the Trainer calls them; gradients as those of eager attention."""
+    layouts = [(4, 1, 3), (2, 2), (1, 1, 1, 1, 1), (0, 0), (3,), (1, 4, 2, 0), (0,), (2, 0, 1, 3)]
+    batches = packs_of(processor, layouts, 256)
+    gradients, numbers = [], []
+    for attention in ("eager", "flex_attention"):
+        model = MonoInternVLForCausalLM.from_pretrained(folder, attn_implementation=attention).to("cuda").train()
+        model.config.text_config.drop_path_rate = 0.0
+        if attention == "flex_attention":
+            if checkpointing:
+                enable_checkpointing(model)
+            torch.compiler.reset()
+            torch._dynamo.utils.counters.clear()
+            compile_layers(model)
+        for batch in batches:
+            inputs = {name: batch[name].cuda() for name in ("input_ids", "position_ids", "pixel_values")}
+            with torch.autocast("cuda", torch.bfloat16):
+                logits = model(**inputs, use_cache=False, logits_to_keep=torch.arange(40, device="cuda")).logits
+            logits.float().square().mean().backward()
+            if attention == "flex_attention":
+                numbers.append(torch._dynamo.utils.counters["stats"]["unique_graphs"])
+        gradients.append({name: parameter.grad for name, parameter in model.named_parameters()})
+    uncompile_layers(model)
+    # The mask is made by a graph of its own.
+    assert numbers[4:] == [numbers[4]] * 4 and numbers[-1] <= 8, numbers
+    for name, expected in gradients[0].items():
+        error = (gradients[1][name] - expected).norm() / expected.norm().clamp(min=1e-12)
+        assert error < 0.05, (name, float(error))
 
 
 # --------------------------------------------------------------------------------------------------------- plate world
