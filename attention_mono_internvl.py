@@ -4,7 +4,9 @@
     flex_attention                the same, in one dtype                           `flex_forward`
     padding, static cache         transformers' mask for the backend in the config
     packed samples under sdpa     each sample by itself                            `sample_sdpa_forward`
-    decoding with a mask, sdpa    the heads of a group as queries of one key head  `grouped_sdpa_forward`
+    decoding with a mask, sdpa    on a CPU the heads of a group as queries of one  `grouped_sdpa_forward`
+                                  key head; on CUDA cuDNN's grouped kernel, else   `cudnn_decode_forward`
+                                  two products and a softmax                       `product_decode_forward`
     anything else                 the backend in the config
 
 Shapes: B batch, T current tokens, S all tokens incl. cache, D head_dim.
@@ -62,6 +64,60 @@ def grouped_sdpa_forward(
     query = query.reshape(batch, key.shape[1], -1, width)
     out = F.scaled_dot_product_attention(query, key, value, attn_mask=attention_mask, scale=scaling)
     return out.reshape(batch, 1, heads, width), None
+
+
+def cudnn_decode_forward(
+    module: nn.Module,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    attention_mask: torch.Tensor,
+    scaling: float,
+    **kwargs: Any,
+) -> tuple[torch.Tensor, None]:
+    """As `grouped_sdpa_forward`, by sdpa's own grouping, which only cuDNN's kernel has together with a mask."""
+    out = F.scaled_dot_product_attention(query, key, value, attn_mask=attention_mask, scale=scaling, enable_gqa=True)
+    return out.transpose(1, 2), None
+
+
+def product_decode_forward(
+    module: nn.Module,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    attention_mask: torch.Tensor,
+    scaling: float,
+    **kwargs: Any,
+) -> tuple[torch.Tensor, None]:
+    """As `grouped_sdpa_forward`, written out: two products of the cache as it is and a softmax in float32."""
+    batch, heads, _, width = query.shape
+    query = query.reshape(batch, key.shape[1], -1, width)
+    scores = (query @ key.transpose(2, 3)).float() * scaling
+    if attention_mask.dtype == torch.bool:
+        scores = scores.masked_fill(~attention_mask, float("-inf"))
+    else:
+        scores = scores + attention_mask
+    out = scores.softmax(-1).to(value.dtype) @ value
+    return out.reshape(batch, 1, heads, width), None
+
+
+def decode_attention(query: torch.Tensor) -> Callable[..., tuple[torch.Tensor, None]]:
+    """The fastest kernel for one query per head with a mask, by device (docs/performance.md, "Decoding attention")."""
+    if not query.is_cuda:
+        return grouped_sdpa_forward
+    half, width = query.dtype in (torch.bfloat16, torch.float16), query.shape[-1]
+    if half and width % 8 == 0 and width <= 128 and has_cudnn_attention():
+        return cudnn_decode_forward
+    return product_decode_forward
+
+
+@torch.compiler.assume_constant_result
+def has_cudnn_attention() -> bool:
+    """Whether sdpa can choose cuDNN's kernel: it is there and allowed, on an Ampere card or newer."""
+    if torch.version.hip is not None or not torch.cuda.is_available():
+        return False
+    allowed = torch.backends.cudnn.enabled and torch.backends.cuda.cudnn_sdp_enabled()
+    return allowed and torch.cuda.get_device_capability() >= (8, 0)
 
 
 def sample_sdpa_forward(
@@ -133,7 +189,7 @@ def own_attention(
     decodes = query.shape[2] == 1 and not module.training and module.num_key_value_groups > 1  # type: ignore[operator]
     under_sdpa = module.config._attn_implementation == "sdpa" and not is_paged(cache)  # type: ignore[union-attr]
     if under_sdpa and decodes and mask is not None and mask.shape[1] == 1:
-        return grouped_sdpa_forward
+        return decode_attention(query)
     return None
 
 

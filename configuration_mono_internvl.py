@@ -44,6 +44,9 @@ AUTO_MAP = {
     "AutoProcessor": "processing_mono_internvl.MonoInternVLProcessor",
     "AutoImageProcessor": "image_processing_mono_internvl.MonoInternVLImageProcessor",
 }
+# InternLM2's vocabulary as Mono-InternVL grew it: where the other control tokens stand, seen from `<IMG_CONTEXT>`, and
+# that one seen from the end. Other tokenizers have them elsewhere: the ids are fields, these only their defaults.
+_IMAGE_START, _IMAGE_END, _STOPS, _IMAGE_TOKEN_FROM_END = -2, -1, (-4, -3), 7
 # One visual token covers 2 x 2 of the 14-px patches of the released model.
 PATCHES_PER_TOKEN_SIDE = 2
 
@@ -107,7 +110,9 @@ def check_rope(parameters: dict[str, Any]) -> str:
     return kind
 
 
-_OVERRIDES = ("image_token_id", "visual_attention_experts", "tie_word_embeddings")
+# Follow `image_token_id` where they are not given.
+_CONTROL_IDS = ("image_start_token_id", "image_end_token_id", "stop_token_ids")
+_OVERRIDES = ("image_token_id", *_CONTROL_IDS, "visual_attention_experts", "tie_word_embeddings")
 # Of the decoder alone; others of its fields are set on the whole configuration too, by transformers' trainers.
 _TEXT_DIMENSIONS = frozenset(
     {
@@ -289,7 +294,11 @@ class MonoInternVLConfig(PreTrainedConfig):
     """Mono-InternVL: `text_config` and `vision_config` (dicts or objects) and what joins them.
 
     Args:
-        image_token_id: the id of `<IMG_CONTEXT>` in `input_ids`; `<img>` and `</img>` are the two ids before it.
+        image_token_id: the id of `<IMG_CONTEXT>` in `input_ids`.
+        image_start_token_id, image_end_token_id: of `<img>` and `</img>`, never generated, as `<IMG_CONTEXT>` is not.
+        stop_token_ids: of `<|im_end|>` and `<|im_start|>`, which end an answer, as `text_config.eos_token_id` does.
+            These three are where InternLM2's vocabulary has them if they are not given, and follow `image_token_id`
+            when that is set.
         visual_attention_experts: see `MonoInternVLTextConfig`, where it is kept; may be given here or there.
 
     Raises:
@@ -305,6 +314,10 @@ class MonoInternVLConfig(PreTrainedConfig):
     text_config: Any = None
     vision_config: Any = None
     image_token_id: int = 92546
+    # Given as None, they are filled in.
+    image_start_token_id: Any = None
+    image_end_token_id: Any = None
+    stop_token_ids: Any = None
     visual_attention_experts: str | None = None
     tie_word_embeddings: bool = False
 
@@ -346,9 +359,36 @@ class MonoInternVLConfig(PreTrainedConfig):
 
         if self.tie_word_embeddings or self.text_config.tie_word_embeddings:
             self.tie_word_embeddings = self.text_config.tie_word_embeddings = True
+        self._check_control_ids()
+        super().__post_init__(**kwargs)
+
+    def _check_control_ids(self) -> None:
         if not isinstance(self.image_token_id, int) or self.image_token_id < 0:
             raise ValueError(f"image_token_id={self.image_token_id!r} must be an integer that is not negative")
-        super().__post_init__(**kwargs)
+        given = {name: getattr(self, name) for name in _CONTROL_IDS}
+        self.image_token_id = self.image_token_id  # fills in those that are not given
+        for name, value in given.items():
+            if value is None:
+                continue
+            ids = value if name == "stop_token_ids" and isinstance(value, (list, tuple)) else [value]
+            if not all(isinstance(token, int) and not isinstance(token, bool) and token >= 0 for token in ids):
+                kind = "integers that are" if name == "stop_token_ids" else "an integer that is"
+                raise ValueError(f"{name}={value!r} must be {kind} not negative")
+            setattr(self, name, list(ids) if name == "stop_token_ids" else value)
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        super().__setattr__(name, value)
+        # A field that a file or a caller gives is assigned after this one, and stays.
+        if name == "image_token_id" and isinstance(value, int):
+            self.image_start_token_id = value + _IMAGE_START if value + _IMAGE_START >= 0 else None
+            self.image_end_token_id = value + _IMAGE_END if value + _IMAGE_END >= 0 else None
+            self.stop_token_ids = [value + stop for stop in _STOPS if value + stop >= 0]
+
+    @property
+    def image_token_ids(self) -> list[int]:
+        """Ids of `<IMG_CONTEXT>`, `<img>` and `</img>`, which are read and never generated."""
+        ids = (self.image_token_id, self.image_start_token_id, self.image_end_token_id)
+        return [token for token in ids if token is not None]
 
     def _read_official(self, kwargs: dict[str, Any]) -> dict[str, Any]:
         """Turn an official `config.json` into ours; what neither sub-config knows is dropped."""
@@ -359,7 +399,7 @@ class MonoInternVLConfig(PreTrainedConfig):
         self.architectures = None
         if self.image_token_id == type(self).image_token_id and "vocab_size" in llm:
             # It is not in the file: the nine new tokens are the last ids, `<IMG_CONTEXT>` the third of them.
-            self.image_token_id = llm["vocab_size"] - 7
+            self.image_token_id = llm["vocab_size"] - _IMAGE_TOKEN_FROM_END
         if self.text_config is None:
             self.text_config = _only_fields(llm, MonoInternVLTextConfig, extra=("bias", "rope_theta", "rope_scaling"))
         if vision is not None and not isinstance(vision, MonoInternVLVisionConfig):
@@ -378,6 +418,9 @@ class MonoInternVLConfig(PreTrainedConfig):
     def from_dict(cls, config_dict, **kwargs):  # type: ignore[no-untyped-def]
         """As in transformers; options that override the file's are checked, and reach the parts that they are about."""
         overrides = {name: kwargs.pop(name) for name in _OVERRIDES if name in kwargs}
+        if overrides.get("image_token_id", config_dict.get("image_token_id")) != config_dict.get("image_token_id"):
+            # Those of the file belong to the token that it names.
+            config_dict = {name: value for name, value in config_dict.items() if name not in _CONTROL_IDS}
         return super().from_dict({**config_dict, **overrides}, **kwargs)
 
     @classmethod

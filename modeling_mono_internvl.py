@@ -21,6 +21,7 @@ from torch.nn import functional as F
 from transformers import initialization as init
 from transformers.activations import ACT2FN
 from transformers.cache_utils import Cache, DynamicCache
+from transformers.integrations import use_kernel_forward_from_hub
 from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.modeling_outputs import BaseModelOutputWithPast, BaseModelOutputWithPooling, CausalLMOutputWithPast
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS, PreTrainedModel
@@ -43,6 +44,7 @@ from .configuration_mono_internvl import MonoInternVLConfig, MonoInternVLTextCon
 from .generation_mono_internvl import MonoInternVLGenerationMixin
 from .image_processing_mono_internvl import patchify
 from .loading_mono_internvl import SavingMixin, StrictLoadingMixin, refuse_unknown
+from .output_head_mono_internvl import MonoInternVLOutputHead
 from .prompt_mono_internvl import place_images
 from .rope_mono_internvl import MonoInternVLRotaryEmbedding, rotate, signed
 from .training_mono_internvl import make_drop_path, next_token_loss, no_tiles, without_cache
@@ -89,8 +91,9 @@ def make_routing_plan(visual_token_mask: torch.Tensor, num_visual: int) -> Routi
 # ---------------------------------------------------------------------------------------------------------- decoder
 
 
+@use_kernel_forward_from_hub("RMSNorm")
 class MonoInternVLRMSNorm(nn.Module):
-    """RMSNorm in float32, cast back, then weighted."""
+    """RMSNorm in float32, cast back, then weighted; `from_pretrained(use_kernels=True)` may bring another kernel."""
 
     def __init__(self, hidden_size: int, eps: float):
         super().__init__()
@@ -154,10 +157,10 @@ class MonoInternVLAttention(nn.Module):
         **kwargs: Any,
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
         q, k, v = self.project(hidden_states, routing, queries)
-        q, k, v = (x.view(*x.shape[:2], -1, self.head_dim).transpose(1, 2) for x in (q, k, v))
+        q, k, v = (x.view(*x.shape[:2], -1, self.head_dim) for x in (q, k, v))
         cos, sin = position_embeddings
         q = rotate(q, cos, sin) if queries is None else rotate(q, cos[:, -queries:], sin[:, -queries:])
-        k = rotate(k, cos, sin)
+        q, k, v = (x.transpose(1, 2) for x in (q, rotate(k, cos, sin), v))
         if cache is not None:
             k, v = update_cache(cache, k, v, self.layer_idx, kwargs)
 
@@ -532,8 +535,12 @@ class MonoInternVLForCausalLM(
         refuse_unknown(f"{type(self).__name__}.from_pretrained", unknown)
         super().__init__(config)
         self.model = MonoInternVLModel(config)
-        self.lm_head = nn.Linear(config.text_config.hidden_size, config.text_config.vocab_size, bias=False)
+        self.lm_head = MonoInternVLOutputHead(config.text_config.hidden_size, config.text_config.vocab_size)
         self.post_init()
+
+    def set_output_embeddings(self, new_embeddings: nn.Module) -> None:
+        # Resizing the vocabulary makes a plain layer.
+        self.lm_head = MonoInternVLOutputHead.of(new_embeddings)
 
     @checked_keywords
     def get_image_features(self, pixel_values: torch.Tensor, **kwargs: Any) -> BaseModelOutputWithPooling:

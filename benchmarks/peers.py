@@ -21,6 +21,7 @@ from ..common.parameters import released_2b_config
 from ..configuration_mono_internvl import MonoInternVLConfig
 from ..image_processing_mono_internvl import unpatchify
 from ..modeling_mono_internvl import MonoInternVLDecoderLayer, MonoInternVLForCausalLM, RoutingPlan
+from ..output_head_mono_internvl import MonoInternVLOutputHead
 from ..tiling_mono_internvl import PATCH_DIM
 from .measure import Place
 
@@ -97,6 +98,8 @@ def dense_twin(model: MonoInternVLForCausalLM, place: Place) -> LlamaForCausalLM
     with torch.device("meta"):
         twin = LlamaForCausalLM(config)
     _adopt(twin, dict(model.named_parameters()), place, {"model.": "model.language_model.", "lm_head.": "lm_head."})
+    # What the head costs is not what is compared.
+    twin.lm_head = MonoInternVLOutputHead.of(twin.lm_head)  # type: ignore[assignment]
     twin.model.rotary_emb = LlamaRotaryEmbedding(config).to(place.device)
     return twin.eval()
 
@@ -133,6 +136,7 @@ def modular_twin(model: MonoInternVLForCausalLM, place: Place) -> InternVLForCon
         twin = InternVLForConditionalGeneration(config)
     names = {"model.language_model.": "model.language_model.", "lm_head.": "lm_head."}
     _adopt(twin, dict(model.named_parameters()), place, names)
+    twin.lm_head = MonoInternVLOutputHead.of(twin.lm_head)  # type: ignore[assignment]
     twin.model.language_model.rotary_emb = LlamaRotaryEmbedding(text).to(place.device)
     return twin.eval()
 
@@ -188,8 +192,7 @@ def make_prompt(config: MonoInternVLConfig, visual: int, text: int, place: Place
     per_tile = config.vision_config.tokens_per_tile
     tiles = visual // per_tile
     generator = torch.Generator().manual_seed(1)
-    low = max(0, config.image_token_id - 2)
-    words = torch.randint(3, low, (batch, text), generator=generator)
+    words = torch.randint(3, config.image_start_token_id, (batch, text), generator=generator)
     picture = torch.full((batch, tiles * per_tile), config.image_token_id)
     ids = torch.cat([words[:, : text // 4], picture, words[:, text // 4 :]], 1)
     pixels = torch.randn(batch * tiles, per_tile, PATCH_DIM, generator=generator)

@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 
+from ..configuration_mono_internvl import MonoInternVLConfig
 from ..tiling_mono_internvl import PATCH_DIM
 from .measure import Place, interleave, median, quartiles, row, run_child
 from .peers import build, preset_config
@@ -28,10 +29,11 @@ MEMORY_GROUPS = {
 MEMORY_TOKENS = (768, 256)
 
 
-def mixture_samples(count: int, per_tile: int, max_length: int, image_token_id: int) -> list[dict[str, torch.Tensor]]:
+def mixture_samples(count: int, config: MonoInternVLConfig, max_length: int) -> list[dict[str, torch.Tensor]]:
     """`count` samples as `encode_conversation` makes them: random words, lengths of MIXTURE, half the text learnt."""
     rng, words = random.Random(5), torch.Generator().manual_seed(5)
     samples: list[dict[str, torch.Tensor]] = []
+    per_tile = config.vision_config.tokens_per_tile
     while len(samples) < count:
         _, grids, middle = rng.choices(MIXTURE, [share for share, _, _ in MIXTURE])[0]
         tiles = rng.choice(grids)
@@ -41,8 +43,8 @@ def mixture_samples(count: int, per_tile: int, max_length: int, image_token_id: 
             continue
         ids = torch.cat(
             [
-                torch.full((tiles * per_tile,), image_token_id),
-                torch.randint(3, image_token_id - 2, (text,), generator=words),
+                torch.full((tiles * per_tile,), config.image_token_id),
+                torch.randint(3, config.image_start_token_id, (text,), generator=words),
             ]
         )
         samples.append(
@@ -76,9 +78,8 @@ def run_packing(
 
     ours = model if model is not None else build(preset_config(preset, layers), place)
     config = ours.config
-    per_tile = config.vision_config.tokens_per_tile
     count = count or (64 if place.is_cuda else 24)
-    samples = mixture_samples(count, per_tile, max_length, config.image_token_id)
+    samples = mixture_samples(count, config, max_length)
     lengths = [len(sample["input_ids"]) for sample in samples]
     pad, packs = Collator(0), pack_first_fit_decreasing(lengths, max_length)
     by_length = sorted(samples, key=lambda sample: len(sample["input_ids"]))

@@ -87,7 +87,7 @@ class Samples(Dataset):
         generator = torch.Generator().manual_seed(2)
         self.examples: list[Example] = []
         for visual, text in itertools.chain(*PACKS):
-            words = torch.randint(3, config.image_token_id - 2, (text,), generator=generator)
+            words = torch.randint(3, config.image_start_token_id, (text,), generator=generator)
             ids = torch.cat([torch.full((visual,), config.image_token_id), words])
             shape = (visual // per_tile, per_tile, PATCH_DIM)
             self.examples.append(

@@ -234,6 +234,7 @@ def _expanded_config(
             llm_config=values,  # type: ignore[call-arg]
             vision_config={"hidden_size": options["vision_hidden_size"], "image_size": options["tile_size"]},
             image_token_id=extended.image_token_id,
+            stop_token_ids=extended.stop_token_ids,
             visual_attention_experts=options["visual_attention_experts"],
             dtype=dtype,
         )

@@ -25,6 +25,7 @@ from ..processing_mono_internvl import MonoInternVLProcessor
 from ..tokenization import read_sentencepiece_model, tokenizer_of_model_file
 from ..tokenization.added_tokens import add_tokens, fill_with_reserved, read_added_tokens, read_roles
 from ..tokenization.internlm2 import ADDED_TOKENS
+from ..vocabulary_mono_internvl import IMAGE_TOKEN
 from .plan import Plan
 from .source import Checkpoint, Origin
 from .writer import MANIFEST, write_json
@@ -59,6 +60,7 @@ class Extended:
         roles: `bos_token` and the like -> the token.
         new_rows: how many rows the vocabulary grows by.
         image_token_id: of `<IMG_CONTEXT>`.
+        stop_token_ids: of `<|im_end|>` and `<|im_start|>`; empty where no tokenizer has them.
         ids: `bos_token_id`, `eos_token_id`, `pad_token_id` for the configuration, and `stops`.
     """
 
@@ -66,6 +68,7 @@ class Extended:
     roles: dict[str, str]
     new_rows: int
     image_token_id: int
+    stop_token_ids: list[int | None]
     ids: dict[str, Any]
 
 
@@ -86,14 +89,14 @@ def extended_tokenizer(folder: Path, layout: str, vocab_size: int, ids: dict[str
     Raises:
         ValueError: more tokens than rows, or the nine stand elsewhere; names the file.
     """
-    grown = len(ADDED_TOKENS)
+    grown, context = len(ADDED_TOKENS), ADDED_TOKENS.index(IMAGE_TOKEN)
     inside = {role: _inside(token, vocab_size) for role, token in ids.items()}
     for role, token in ids.items():
         if token is not None and inside[role] != token:
             logger.warning("%s: %s=%s is left out: the vocabulary has %d ids", folder, role, token, vocab_size)
     if not has_tokenizer(folder):
         warn_without_tokenizer(folder)
-        return Extended(None, {}, grown, vocab_size + 2, inside)
+        return Extended(None, {}, grown, vocab_size + context, [], inside)
     tokenizer, file = _dense_tokenizer(folder, layout)
     special = {index for index, token in tokenizer.get_added_tokens_decoder().items() if token.special}
     for role, token in inside.items():
@@ -108,7 +111,7 @@ def extended_tokenizer(folder: Path, layout: str, vocab_size: int, ids: dict[str
         logger.warning(
             "%s lacks %s, which the chat template needs: made without a processor", file, " and ".join(absent)
         )
-        return Extended(None, {}, grown, vocab_size + 2, inside)
+        return Extended(None, {}, grown, vocab_size + context, [], inside)
     found = [tokenizer.token_to_id(token) for token in ADDED_TOKENS]
     size = tokenizer.get_vocab_size()
     start = vocab_size
@@ -135,7 +138,8 @@ def extended_tokenizer(folder: Path, layout: str, vocab_size: int, ids: dict[str
         tokenizer.add_special_tokens([_special(pad)])
         grown += 1
     inside["pad_token_id"] = tokenizer.token_to_id(pad)
-    return Extended(tokenizer, roles, grown, start + 2, inside)
+    stops = [tokenizer.token_to_id(token) for token in ("<|im_end|>", "<|im_start|>")]
+    return Extended(tokenizer, roles, grown, start + context, stops, inside)
 
 
 def _dense_tokenizer(folder: Path, layout: str) -> tuple[Tokenizer, Path]:

@@ -1,7 +1,7 @@
 """The nano model's tokenizer: InternLM2's structure with 768 ids instead of 92,553.
 
     0 <unk>  1 <s>  2 </s>  3-258 bytes  then the prompt's phrases, "\\n" and the ASCII characters, learned pieces,
-    and at the end the six renamed and the nine added tokens: <img> = size - 9, <IMG_CONTEXT> = size - 7, </box> last
+    and at the end, in InternLM2's order, the six renamed and the nine added tokens, </box> last
 
 Pieces are learned from words, so none reaches over a word's end, and a digit never joins anything: a number is read
 digit by digit. There is no pre-tokenizer at run time; the pieces alone keep words and digits apart. The Chinese

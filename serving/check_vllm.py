@@ -161,7 +161,7 @@ def make_folder(kind: str, folder: Path) -> Path:
     config = MonoInternVLConfig(
         text_config={
             **RANDOM_DECODER,
-            "vocab_size": processor.image_token_id + 7,
+            "vocab_size": len(processor.tokenizer),
             "rope_parameters": {"rope_type": "dynamic", "rope_theta": 1e6, "factor": 2.0},
             "visual_attention_experts": "qkvo" if kind == "experts" else "none",
         },
@@ -429,7 +429,7 @@ def make_cost_folder(dense: bool, folder: Path) -> Path:
     from transformers import LlamaConfig, LlamaForCausalLM
 
     processor = MonoInternVLProcessor.from_pretrained(ROOT)
-    vocabulary = processor.image_token_id + 7
+    vocabulary = len(processor.tokenizer)
     if dense:
         llama: dict[str, Any] = {**COST_DECODER, "head_dim": 64, "rms_norm_eps": 1e-5, "pad_token_id": 2}
         LlamaForCausalLM(LlamaConfig(**llama, vocab_size=vocabulary)).save_pretrained(folder)

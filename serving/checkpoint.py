@@ -44,10 +44,10 @@ def serving_config(config: dict[str, Any]) -> MonoInternVLConfig:
 
 
 def stop_token_ids(config: MonoInternVLConfig) -> list[int]:
-    """`</s>`, `<|im_end|>` and `<|im_start|>`; the latter two precede `<img>` in every vocabulary of this model."""
+    """What ends an answer: the decoder's own end, `<|im_end|>` and `<|im_start|>`."""
     eos = config.text_config.eos_token_id
     ends = list(eos) if isinstance(eos, list) else [] if eos is None else [eos]
-    return list(dict.fromkeys([*ends, config.image_token_id - 4, config.image_token_id - 3]))
+    return list(dict.fromkeys([*ends, *config.stop_token_ids]))
 
 
 def native_weights(

@@ -36,7 +36,7 @@ from vllm.transformers_utils.config import HFConfigParser
 from ..configuration_mono_internvl import MonoInternVLConfig
 from ..processing_mono_internvl import IMAGE_TOKEN, MonoInternVLProcessor
 from ..tiling_mono_internvl import TILE_OPTIONS
-from .checkpoint import is_mono_internvl, serving_config
+from .checkpoint import is_mono_internvl, serving_config, stop_token_ids
 from .vllm_plugin import TOKENIZER_MODE
 
 
@@ -193,15 +193,20 @@ class PictureInfo(BaseProcessingInfo):
     def get_hf_processor(self, **kwargs: object) -> MonoInternVLProcessor:
         """
         Raises:
-            ValueError: the tokenizer's `<IMG_CONTEXT>` is not the configuration's.
+            ValueError: a control token's id in the tokenizer is not that in the configuration.
         """
         model = self.ctx.model_config
         processor = load_processor(model.model, model.revision)
-        expected = self.get_hf_config().image_token_id
-        if processor.image_token_id != expected:
+        config = self.get_hf_config()
+        if processor.image_token_ids != config.image_token_ids:
             raise ValueError(
-                f"image_token_id={expected} in the configuration of {model.model}, but <IMG_CONTEXT> is "
-                f"{processor.image_token_id} in its tokenizer; they must match"
+                f"<IMG_CONTEXT>, <img> and </img> are {config.image_token_ids} in the configuration of {model.model}, "
+                f"but {processor.image_token_ids} in its tokenizer; they must match"
+            )
+        if absent := sorted({*processor.stop_token_ids} - {*stop_token_ids(config)}):
+            raise ValueError(
+                f"stop_token_ids={config.stop_token_ids} in the configuration of {model.model} lacks {absent}, where "
+                "its tokenizer has <|im_end|> and <|im_start|>"
             )
         return processor
 

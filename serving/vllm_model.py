@@ -231,7 +231,7 @@ class MonoInternVLForServing(nn.Module, SupportsMultiModal):
     def __init__(self, *, vllm_config: VllmConfig, prefix: str = ""):
         super().__init__()
         self.config: MonoInternVLConfig = vllm_config.model_config.hf_config
-        text, image_token = self.config.text_config, self.config.image_token_id
+        text = self.config.text_config
         with self._mark_tower_model(vllm_config, "image"):  # type: ignore[operator]
             self.vision_embeddings = MonoInternVLVisionEmbeddings(self.config.vision_config)
             self.multi_modal_projector = MonoInternVLMultiModalProjector(self.config)
@@ -241,8 +241,7 @@ class MonoInternVLForServing(nn.Module, SupportsMultiModal):
         if text.tie_word_embeddings:
             self.lm_head = self.lm_head.tie_weights(self.language_model.embed_tokens)
         self.logits_processor = LogitsProcessor(text.vocab_size)
-        # `<img>`, `</img>`, `<IMG_CONTEXT>`
-        self.register_buffer("never_generated", torch.arange(image_token - 2, image_token + 1), persistent=False)
+        self.register_buffer("never_generated", torch.tensor(self.config.image_token_ids), persistent=False)
 
     @classmethod
     def get_placeholder_str(cls, modality: str, i: int) -> str | None:

@@ -18,7 +18,7 @@ from huggingface_hub.utils import filter_repo_objects
 from safetensors.torch import load_file, save_file
 from test_tokenization import small_model
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
-from transformers import AutoModel, AutoProcessor, LlamaConfig, LlamaForCausalLM
+from transformers import AutoConfig, AutoModel, AutoProcessor, LlamaConfig, LlamaForCausalLM
 
 from conftest import ROOT, golden, load_golden, tiny_model
 from mono_internvl import MonoInternVLForCausalLM, MonoInternVLImageProcessor, MonoInternVLProcessor
@@ -447,6 +447,8 @@ def check_it_chats(folder, old_size):
     assert processor.image_token_id == model.config.image_token_id == old_size + 2
     assert len(processor.tokenizer) == model.config.text_config.vocab_size == old_size + 9
     assert model.generation_config.eos_token_id == processor.stop_token_ids
+    assert model.config.image_token_ids == processor.image_token_ids
+    assert set(model.config.stop_token_ids) == set(processor.stop_token_ids) - {processor.tokenizer.eos_token_id}
     assert processor.image_processor.tile_size == 56
     picture = torch.zeros(3, 60, 60, dtype=torch.uint8).numpy().transpose(1, 2, 0)
     assert isinstance(model.float().chat(picture, "ab a", max_new_tokens=2), str)
@@ -594,6 +596,9 @@ def test_llama_s_own_tokenizer_gives_a_warning_and_no_processor(tmp_path, caplog
     expand_checkpoint(folder, tmp_path / "chat", **SMALL)
     made = AutoProcessor.from_pretrained(tmp_path / "chat").tokenizer
     assert made.convert_tokens_to_ids(["<|im_start|>", "<|im_end|>", "<img>"]) == [271, 272, VOCABULARY]
+    # Not where InternLM2 has them: they are read from the tokenizer.
+    assert AutoConfig.from_pretrained(tmp_path / "chat").stop_token_ids == [272, 271]
+    assert AutoConfig.from_pretrained(tmp_path / "out").stop_token_ids == []
     assert (
         made.tokenize("ab") == [f"{SPACE}ab"] and made.decode(made("ab")["input_ids"], skip_special_tokens=True) == "ab"
     )

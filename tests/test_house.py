@@ -13,7 +13,17 @@ FLOORS = (
     *("tokenization", "compat", "tiling", "image_pixels", "image_files", "image_loading", "image_processing"),
     *("configuration", "vocabulary", "prompt", "chat_template", "conversation", "encoding"),
     *("processing_options", "processor_loading", "processing", "weight_mapping", "loading"),
-    *("attention", "rope", "vision", "training_mono_internvl", "generation", "streaming", "chat", "modeling"),
+    *(
+        "attention",
+        "rope",
+        "vision",
+        "output_head",
+        "training_mono_internvl",
+        "generation",
+        "streaming",
+        "chat",
+        "modeling",
+    ),
     *("common", "plates", "conversion", "evaluation", "training", "serving", "benchmarks", "cli"),
 )
 ROOT_FILES = sorted(ROOT.glob("*_mono_internvl.py"))

@@ -163,7 +163,7 @@ def test_float16_warns(tmp_path, caplog):
             model = MonoInternVLForCausalLM.from_pretrained(tmp_path, dtype=torch.float16)
     finally:
         logger.propagate = old
-    assert "overflow to NaN" in caplog.text or model.dtype == torch.float16
+    assert "overflow to NaN" in caplog.text and model.dtype == torch.float16
     with pytest.raises(ValueError, match="float16"):
         model.chat(None, "hello")
 
@@ -242,9 +242,47 @@ def test_image_token_id_outside_the_vocabulary():
         MonoInternVLForCausalLM(config)
 
 
+def control_ids(config):
+    return config.image_start_token_id, config.image_end_token_id, config.stop_token_ids
+
+
 def test_the_keyword_overrides_the_file(tmp_path):
     tiny_model().save_pretrained(tmp_path)
-    assert MonoInternVLForCausalLM.from_pretrained(tmp_path, image_token_id=77).config.image_token_id == 77
+    config = MonoInternVLForCausalLM.from_pretrained(tmp_path, image_token_id=77).config
+    assert config.image_token_id == 77 and control_ids(config) == (75, 76, [73, 74])
+
+
+def test_control_ids_are_stored_and_follow_the_image_token(tmp_path):
+    config = tiny_config()
+    assert control_ids(config) == (111, 112, [109, 110])
+    config.image_token_id = 50
+    assert control_ids(config) == (48, 49, [46, 47])
+    own = tiny_config(image_start_token_id=7, image_end_token_id=8, stop_token_ids=[9])
+    own.save_pretrained(tmp_path)
+    saved = json.loads((tmp_path / "config.json").read_text())
+    assert [saved[name] for name in ("image_start_token_id", "image_end_token_id", "stop_token_ids")] == [7, 8, [9]]
+    again = MonoInternVLConfig.from_pretrained(tmp_path)
+    assert control_ids(again) == (7, 8, [9]) and sorted(again.image_token_ids) == [7, 8, 113]
+    # Those of a file belong to the token that it names; what is given beside it counts.
+    assert control_ids(MonoInternVLConfig.from_pretrained(tmp_path, image_token_id=60)) == (58, 59, [56, 57])
+    assert control_ids(MonoInternVLConfig.from_pretrained(tmp_path, image_token_id=60, stop_token_ids=[5]))[2] == [5]
+    assert control_ids(MonoInternVLConfig.from_pretrained(tmp_path, image_token_id=113)) == (7, 8, [9])
+
+
+def test_control_ids_decide_what_is_never_generated():
+    model = tiny_model(image_start_token_id=7, image_end_token_id=8)
+    with torch.no_grad():
+        model.lm_head.weight.zero_()
+        model.lm_head.weight[[7, 8, 113]] = 1e3 * model.lm_head.weight.new_ones(3, 1)
+        model.model.language_model.norm.weight.fill_(1)
+    ids = torch.randint(10, 100, (4, 6), generator=torch.Generator().manual_seed(0))
+    made = model.generate(ids, max_new_tokens=5, do_sample=True)[:, 6:]
+    assert not torch.isin(made, torch.tensor([7, 8, 113])).any()
+
+
+def test_an_official_configuration_counts_from_the_end_of_the_vocabulary():
+    config = MonoInternVLConfig(llm_config={"vocab_size": 400})
+    assert config.image_token_id == 393 and control_ids(config) == (391, 392, [389, 390])
 
 
 @pytest.mark.parametrize("auto_class", AUTO_CLASSES)
@@ -464,6 +502,8 @@ def test_outputs_hold_the_embedded_tiles():
     ("values", "message"),
     [
         ({"image_token_id": "5"}, "image_token_id='5' must be an integer"),
+        ({"image_end_token_id": -2}, "image_end_token_id=-2 must be an integer"),
+        ({"stop_token_ids": [3, "4"]}, r"stop_token_ids=\[3, '4'\] must be integers"),
         ({"llm_config": 5}, "llm_config must be a dict"),
         ({"text_config": {"vocab_size": "x"}}, "vocab_size='x' must be a positive integer"),
         ({"text_config": {"num_attention_heads": 0}}, "num_attention_heads=0 must be a positive integer"),

@@ -68,3 +68,16 @@ def test_the_names_of_tile_options_are_listed_once():
         if names <= {getattr(item, "value", None) for item in node.elts}
     ]
     assert not found, f"write TILE_OPTIONS of tiling_mono_internvl: {found}"
+
+
+def test_control_ids_are_read_and_not_computed():
+    """Where `<img>`, the turns' ends and the like stand is a field of the configuration or a token of the tokenizer."""
+    ids = ("image_token_id", "vocab_size", "image_token")
+    found = [
+        place
+        for place, node in nodes(ast.BinOp, but=("configuration_mono_internvl.py",))
+        if isinstance(node.op, (ast.Add, ast.Sub))
+        and isinstance(node.right, ast.Constant)
+        and ast.unparse(node.left).split(".")[-1] in ids
+    ]
+    assert not found, f"take it from the configuration or the tokenizer: {found}"
