@@ -1,6 +1,7 @@
 """How visual and text tokens attend to each other: kernels, masks, and which of them a call gets.
 
     causal prompt, no padding     sdpa's causal kernel, no mask                    `prompt_mask`
+    flex_attention                the same, in one dtype                           `flex_forward`
     padding, static cache         transformers' mask for the backend in the config
     packed samples under sdpa     each sample by itself                            `sample_sdpa_forward`
     decoding with a mask, sdpa    on a CPU the heads of a group as queries of one  `grouped_sdpa_forward`
@@ -19,6 +20,7 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 from transformers.cache_utils import Cache, DynamicCache
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from .compat_mono_internvl import causal_mask, is_paged
 
@@ -148,6 +150,18 @@ def sample_sdpa_forward(
     return torch.cat(rows).transpose(1, 2), None
 
 
+def flex_forward(
+    module: nn.Module, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, attention_mask: Any, **kwargs: Any
+) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """transformers' FlexAttention, [B, heads, T, D] -> [B, T, heads, D], with queries and keys in the dtype of values.
+
+    Under autocast rotation leaves queries and keys in float32 beside bfloat16 values. sdpa casts them by itself; flex
+    has one dtype for all three.
+    """
+    attend = ALL_ATTENTION_FUNCTIONS["flex_attention"]
+    return attend(module, query.to(value.dtype), key.to(value.dtype), value, attention_mask, **kwargs)
+
+
 def sample_lengths(position_ids: torch.Tensor) -> list[list[int]] | None:
     """int64 [B, T] -> for each row the lengths of its samples, which begin where positions do not go on by one; None
     where no row holds more than one. The host waits for the device once.
@@ -170,6 +184,8 @@ def own_attention(
     """
     if samples is not None:
         return sample_sdpa_forward
+    if module.config._attn_implementation == "flex_attention":  # type: ignore[union-attr]
+        return flex_forward
     decodes = query.shape[2] == 1 and not module.training and module.num_key_value_groups > 1  # type: ignore[operator]
     under_sdpa = module.config._attn_implementation == "sdpa" and not is_paged(cache)  # type: ignore[union-attr]
     if under_sdpa and decodes and mask is not None and mask.shape[1] == 1:

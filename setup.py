@@ -55,7 +55,6 @@ setup(
     ],
     extras_require={
         "train": TRAIN,
-        "droppath": ["timm"],
         "flash": ["flash-attn"],
         "kernel": KERNEL,
         # In an environment of its own, with serving/constraints.txt.

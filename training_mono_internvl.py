@@ -62,16 +62,34 @@ def next_token_loss(
     )
 
 
+class DropPath(nn.Module):
+    """Stochastic depth (arXiv 1603.09382): a residual branch of a whole row is left out while training.
+
+    What is kept is divided by the share of rows kept, so that the mean stays. The numbers are made so that layers of
+    different rates are one graph under `torch.compile`: a rate inside a random operation would be a constant of its
+    graph, and each layer would be compiled by itself.
+    """
+
+    def __init__(self, rate: float):
+        super().__init__()
+        self.rate = rate
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """[B, ...] -> [B, ...]."""
+        if not self.training:
+            return x
+        draws = torch.rand([x.shape[0]] + [1] * (x.dim() - 1), device=x.device)
+        keep = 1.0 - self.rate
+        return x * ((draws < keep) / keep).to(x.dtype)
+
+    def extra_repr(self) -> str:
+        return f"rate={self.rate:.3f}"
+
+
 def make_drop_path(config: MonoInternVLTextConfig, layer_idx: int) -> nn.Module:
-    """Stochastic depth, growing linearly with depth; timm is asked for only when it is used."""
+    """Stochastic depth, growing linearly with depth; nothing at all where the configuration has none."""
     if config.drop_path_rate == 0:
         return nn.Identity()
-    try:
-        from timm.layers import DropPath
-    except ImportError as error:
-        raise ImportError(
-            f"drop_path_rate={config.drop_path_rate} needs timm: pip install 'mono-internvl[droppath]'"
-        ) from error
     return DropPath(config.drop_path_rate * layer_idx / max(config.num_hidden_layers - 1, 1))
 
 

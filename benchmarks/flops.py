@@ -106,9 +106,14 @@ def decode_bytes(text: Any, cache_length: int, bytes_per_value: int) -> int:
     return bytes_per_value * (weights + cache)
 
 
-def training_flops(config: Any, sample_lengths: list[int], visual: int) -> int:
-    """Forward and backward (3 x forward) of packed samples, attention within each sample only."""
-    return 3 * (
-        sum(decoder_flops(config.text_config, length) for length in sample_lengths)
-        + visual_embedding_flops(config, visual)
-    )
+def training_flops(config: Any, sample_lengths: list[int], visual: int, targets: int) -> int:
+    """Forward and backward (3 x forward) of packed samples, attention within each sample only.
+
+    Args:
+        visual: visual tokens of all samples.
+        targets: positions of all samples that have a target: logits are made of them alone.
+    """
+    text = config.text_config
+    layers = sum(decoder_flops(text, length, keep=0, skips=False) for length in sample_lengths)
+    head = 2 * targets * text.hidden_size * text.vocab_size
+    return 3 * (layers + head + visual_embedding_flops(config, visual))

@@ -247,22 +247,3 @@ def graph_prefills(
 
         functions["modular"] = run_modular
     return functions
-
-
-def compile_layers(*models: nn.Module) -> None:
-    """Each decoder layer compiled for fixed shapes; layers of one kind share their code."""
-    for model in models:
-        for module in model.modules():
-            if type(module).__name__ in _LAYERS:
-                module.compile(fullgraph=True, dynamic=False)
-
-
-_LAYERS = ("MonoInternVLDecoderLayer", "BothExpertsLayer", "LlamaDecoderLayer")
-
-
-def uncompile_layers(*models: nn.Module) -> None:
-    for model in models:
-        for module in model.modules():
-            if type(module).__name__ in _LAYERS:
-                module._compiled_call_impl = None
-    torch._dynamo.reset()

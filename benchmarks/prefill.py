@@ -6,6 +6,7 @@ from typing import Any
 
 import torch
 
+from ..common.compiling import compile_layers, uncompile_layers
 from ..image_processing_mono_internvl import MonoInternVLImageProcessor
 from . import flops
 from .measure import Place, Times, captured, interleave, median, peak_flops, product_of, recorded, row
@@ -14,7 +15,6 @@ from .peers import (
     Prompt,
     both_experts,
     build,
-    compile_layers,
     dense_prefill,
     dense_twin,
     graph_prefills,
@@ -22,7 +22,6 @@ from .peers import (
     modular_twin,
     prefill,
     preset_config,
-    uncompile_layers,
 )
 from .preprocess import per_tile_recipe, photograph
 
@@ -93,7 +92,8 @@ def _in_mode(mode: str, ours: Any, dense: Any, both: Any, prompt: Prompt, place:
         }
         return functions | {"keep": partial(prefill, ours, prompt, 1)}
     if mode == "compiled":
-        compile_layers(ours, dense, both)
+        # For fixed shapes; layers of one kind share their code.
+        compile_layers(ours, dense, both, fullgraph=True, dynamic=False)
     return {
         name: captured(function, place)
         for name, function in graph_prefills(ours, prompt, dense=dense, both=both).items()

@@ -212,7 +212,6 @@ def run_loading(*, steps: int = 24, workers: int = 2) -> dict[str, Any]:
             "accumulation": 1,
             "max_tiles": 3,
             "gradient_checkpointing": False,
-            "drop_path": 0.0,  # needs timm, and changes nothing here
             "workers": workers,
             "log_steps": 1,
             "save_steps": 10 * steps,

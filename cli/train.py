@@ -16,7 +16,8 @@ KEYS = (
     *("description", "model", "expand", "dense", "tokenizer", "data", "trains", "visual_attention_experts"),
     *("max_tiles", "max_length", "packing", "padding_free", "loss_weighting", "steps", "epochs", "batch_size"),
     *("accumulation", "learning_rate", "schedule", "min_lr_rate", "warmup", "weight_decay", "adam_beta1", "adam_beta2"),
-    *("adam_epsilon", "max_grad_norm", "drop_path", "bf16", "gradient_checkpointing", "attn_implementation", "lora"),
+    *("adam_epsilon", "max_grad_norm", "drop_path", "bf16", "gradient_checkpointing", "attn_implementation"),
+    *("compile", "lora"),
     *("on_bad_sample", "max_bad_share", "save_dtype", "workers", "log_steps", "save_steps", "keep_checkpoints", "seed"),
 )
 _OPTIONS = ("runs", "output", "resume", "list")

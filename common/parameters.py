@@ -80,7 +80,7 @@ def count_by_part(model: nn.Module) -> dict[str, int]:
 
 def build_on_meta(config: MonoInternVLConfig) -> MonoInternVLForCausalLM:
     """The module tree of a configuration, without memory for its weights."""
-    config.text_config.drop_path_rate = 0.0  # has no weights, and would ask for timm
+    config.text_config.drop_path_rate = 0.0  # a run's setting, not the model's
     with torch.device("meta"):
         return MonoInternVLForCausalLM(config)
 

@@ -303,14 +303,20 @@ def test_released_size_on_the_meta_device():
     assert sum(p.numel() for p in model.parameters()) - visual == 1_889_146_880
 
 
-def test_drop_path_asks_for_timm():
-    try:
-        import timm  # noqa: F401
-    except ImportError:
-        with pytest.raises(ImportError, match=r"mono-internvl\[droppath\]"):
-            tiny_model(text_config={"drop_path_rate": 0.1})
-    else:
-        tiny_model(text_config={"drop_path_rate": 0.1})
+def test_drop_path_leaves_out_whole_rows_and_keeps_the_mean():
+    model = tiny_model(text_config={"drop_path_rate": 0.4, "num_hidden_layers": 3})
+    first, middle, last = (layer.drop_path for layer in model.model.language_model.layers)
+    assert (first.rate, middle.rate, last.rate) == (0.0, 0.2, 0.4)
+    x = torch.rand(4000, 2, 3) + 1
+    assert torch.equal(last(x), x), "only while training"
+    torch.manual_seed(0)
+    out = last.train()(x)
+    kept = (out != 0).all(dim=(1, 2))
+    assert torch.equal(kept, (out != 0).any(dim=2).any(dim=1)) and 0.57 < kept.float().mean() < 0.63
+    torch.testing.assert_close(out[kept], x[kept] / 0.6)
+    assert torch.equal(first.train()(x), x)
+    assert last(x.bfloat16()).dtype == torch.bfloat16
+    assert isinstance(tiny_model().model.language_model.layers[2].drop_path, torch.nn.Identity)
 
 
 def adapter_folder(base, folder):

@@ -12,9 +12,13 @@ from transformers import StaticCache
 import mono_internvl.benchmarks.suite as suite
 from conftest import ROWS, tiles, tiny_config, tiny_model
 from mono_internvl.benchmarks import flops, measure, peers, recipe, routing
+from mono_internvl.benchmarks import train as train_steps
 from mono_internvl.benchmarks.preprocess import per_tile_recipe, photograph, resizes
+from mono_internvl.common.compiling import compile_layers, uncompile_layers
 from mono_internvl.image_processing_mono_internvl import MonoInternVLImageProcessor, unpatchify
 from mono_internvl.modeling_mono_internvl import make_routing_plan
+from mono_internvl.training.stages import load_stage
+from mono_internvl.training.trainer import EViPTrainer
 
 
 CPU = measure.Place(torch.device("cpu"), torch.float32)
@@ -312,6 +316,63 @@ def test_packed_and_padded_batches_hold_the_same_samples(monkeypatch):
     assert not model.training and all(parameter.grad is None for parameter in model.parameters())
 
 
+def test_a_training_step_makes_the_products_of_the_formula():
+    """Forward of one sample, the head on what is learnt alone; backward counts as two forwards."""
+    model = tiny_model(attn_implementation="eager")
+    targets = torch.tensor([9, 10, 11])
+    actual = counted(lambda: model(ROWS[:1], pixel_values=tiles(), logits_to_keep=targets, use_cache=False))
+    length, text = ROWS.shape[1], model.config.text_config
+    square = flops.decoder_flops(text, length, causal=False) - flops.decoder_flops(text, length)
+    assert 3 * (actual - square) == flops.training_flops(model.config, [length], VISUAL, len(targets))
+
+
+def test_the_trainers_own_step_is_measured(monkeypatch):
+    """Packs of the benchmark go through `EViPTrainer.compute_loss`; compiled, with the reports of a GPU's modes."""
+    assert all(sum(map(sum, pack)) == train_steps.LENGTH for pack in train_steps.PACKS)
+    model, seen = tiny_model(), []
+    compute_loss = EViPTrainer.compute_loss
+
+    def watched(self, model, inputs, *args, **kwargs):
+        layers = model.model.language_model.layers
+        compiled = ["forward" in layer.__dict__ for layer in layers]
+        tiles = len(inputs["pixel_values"]) * inputs["pixel_values"].shape[1]
+        seen.append((tuple(inputs["input_ids"].shape), tiles, all(compiled), any(compiled)))
+        return compute_loss(self, model, inputs, *args, **kwargs)
+
+    def compiled(*models, **options):
+        compile_layers(*models, **{**options, "backend": "eager"})
+
+    monkeypatch.setattr(EViPTrainer, "compute_loss", watched)
+    monkeypatch.setattr("mono_internvl.training.trainer.compile_layers", compiled)
+    modes = (train_steps.Mode("eager", "sdpa"), train_steps.Mode("compiled", "sdpa"))
+    before = {name: parameter.detach().clone() for name, parameter in model.named_parameters()}
+    result = train_steps.run_train(CPU, rows=2, accumulation=1, seconds=0, model=model, modes=modes)
+    assert result["not_run"] == {}
+    assert [row["mode"] for row in result["rows"]] == ["eager, sdpa", "compiled, sdpa"]
+    for row in result["rows"]:
+        assert row["tokens_per_second"] == pytest.approx(8192 / row["seconds"])
+        assert "TFLOP/s, measured" in row["against"] and row["at_least"] == 0.45 and row["ratio"] > 0
+        assert row["what"] == "S2 step, 8,192 tokens in packs of 4,096: MFU"
+    # Five steps of each mode, which end at once where no time is left; packs differ from step to step.
+    visual = [2 * 3328, 3328 + 2816]
+    steps = [((2, 4096), visual[step % 2]) for step in range(5)]
+    assert seen == [(*step, False, False) for step in steps] + [(*step, True, True) for step in steps]
+    assert any(not torch.equal(before[name], parameter) for name, parameter in model.named_parameters())
+    assert not model.training and all(parameter.grad is None for parameter in model.parameters())
+    assert all("forward" not in layer.__dict__ for layer in model.model.language_model.layers)
+
+
+def test_what_the_benchmarks_modes_change_of_the_recipe():
+    recipe_stage = load_stage(train_steps.RECIPE)
+    for mode in train_steps.CUDA_MODES:
+        stage = load_stage(train_steps.RECIPE, mode.overrides())
+        if mode.as_recipe:
+            assert stage == recipe_stage
+        else:
+            assert stage.compile == (mode.layers == "compiled") and stage.attn_implementation == mode.attention
+    assert {"recipe" in mode.name for mode in train_steps.CUDA_MODES} == {True, False}
+
+
 def test_memory_and_waiting_are_measured():
     (row,) = recipe.run_memory(CPU, preset="nano", layers=1, rounds=1)["rows"]
     assert 0 < row["ratio"] < 1.2
@@ -415,9 +476,9 @@ def test_cuda_graphs_and_compiled_layers_give_the_same(on_cuda):
         expected = peers.prefill(model, prompt)
         run = measure.captured(lambda: peers.prefill(model, prompt), on_cuda)
         torch.testing.assert_close(run(), expected, atol=1e-4, rtol=1e-4)
-        peers.compile_layers(model)
+        compile_layers(model, fullgraph=True, dynamic=False)
         torch.testing.assert_close(peers.prefill(model, prompt), expected, atol=1e-4, rtol=1e-4)
-        peers.uncompile_layers(model)
+        uncompile_layers(model)
 
 
 @pytest.mark.gpu

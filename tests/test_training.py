@@ -14,16 +14,20 @@ import torch
 import yaml
 from PIL import Image, ImageDraw
 from safetensors.torch import load_file
-from transformers import LlamaConfig, LlamaForCausalLM, TrainingArguments
+from transformers import LlamaConfig, LlamaForCausalLM, TrainerCallback, TrainingArguments
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from conftest import ROOT, load_golden, tiny_model
 from mono_internvl import MonoInternVLForCausalLM, MonoInternVLProcessor
+from mono_internvl.common.compiling import compile_layers, uncompile_layers
 from mono_internvl.common.parameters import GROUPS, group_of
 from mono_internvl.image_processing_mono_internvl import choose_grid
 from mono_internvl.plates.drawing import draw_plate
 from mono_internvl.plates.tasks import TASKS, PlateWorld, name_patches
 from mono_internvl.plates.words import Item, Plate
 from mono_internvl.training import curves
+from mono_internvl.training.backend import choose_backend
+from mono_internvl.training.checkpoints import WholeCheckpoints, checkpoints
 from mono_internvl.training.data import Collator, PackCollator, encode_conversation, picture_sizes, target_weights
 from mono_internvl.training.groups import count_parameters, grouped_parameters, linear_modules
 from mono_internvl.training.loading import (
@@ -39,7 +43,8 @@ from mono_internvl.training.records import BadSample
 from mono_internvl.training.run import run_stage
 from mono_internvl.training.sources import FileRecords, Source, open_sources
 from mono_internvl.training.stages import load_stage, recipe_names
-from mono_internvl.training.trainer import EViPTrainer, checkpoints, learnt_places, weighted_loss_sum
+from mono_internvl.training.trainer import EViPTrainer, learnt_places, weighted_loss_sum
+from mono_internvl.training_mono_internvl import make_drop_path
 
 
 @pytest.fixture(scope="module")
@@ -629,6 +634,166 @@ def test_a_stage_that_cannot_run_says_why(tmp_path, folder, data, changes, words
     assert all(word in message for word in words), message
 
 
+# ---------------------------------------------------------------------------------------------- attention and compiling
+
+
+@pytest.fixture
+def graphs(monkeypatch):
+    """Counts graphs that `compile_layers` makes, whose backend is the eager one: no C++ compiler is waited for."""
+    seen: list[int] = []
+
+    def compiled(*models, **options):
+        compile_layers(*models, **{**options, "backend": count})
+
+    def count(graph, inputs):
+        seen.append(len(inputs))
+        return aot_eager(graph, inputs)
+
+    aot_eager = torch._dynamo.lookup_backend("aot_eager")
+    monkeypatch.setattr("mono_internvl.training.trainer.compile_layers", compiled)
+    torch.compiler.reset()
+    yield seen
+    torch.compiler.reset()
+
+
+@pytest.mark.parametrize(
+    ("missing", "changes", "attention", "compiles", "row_length", "words"),
+    [
+        # What a recipe says by default, on a GPU and on a CPU.
+        (None, {}, "flex_attention", True, 160, "layers compiled"),
+        ("no CUDA device", {}, None, False, None, "no CUDA device"),
+        (None, {"packing": False}, None, False, None, "rows differ in length"),
+        (None, {"packing": False, "padding_free": True}, None, False, None, "another shape"),
+        (None, {"attn_implementation": "sdpa"}, "sdpa", False, None, "another shape"),
+        (None, {"attn_implementation": "eager"}, "eager", False, None, "only under flex_attention"),
+        # A word of the recipe's own is kept.
+        (None, {"compile": False}, "flex_attention", False, 160, "by the recipe"),
+        (None, {"compile": True, "packing": False}, None, True, None, "rows differ in length"),
+        ("no CUDA device", {"compile": True}, None, True, 160, "another shape"),
+        ("no CUDA device", {"attn_implementation": "flex_attention"}, "flex_attention", False, 160, "no CUDA device"),
+    ],
+)
+def test_what_auto_means(tmp_path, folder, data, monkeypatch, missing, changes, attention, compiles, row_length, words):
+    monkeypatch.setattr("mono_internvl.training.backend.reason_not_to_compile", lambda: missing)
+    backend = choose_backend(load_stage(recipe(tmp_path, folder, data, **changes)))
+    assert backend[:3] == (attention, compiles, row_length)
+    assert words in str(backend)
+
+
+@pytest.mark.parametrize("name", recipe_names())
+def test_recipes_leave_the_choice_to_the_machine(name):
+    stage = load_stage(name)
+    assert (stage.compile, stage.attn_implementation) == ("auto", "auto")
+
+
+def test_compile_is_a_word_or_a_truth_value():
+    assert [load_stage("nano/text", {"compile": value}).compile for value in ("auto", "true", "false")] == [
+        "auto",
+        True,
+        False,
+    ]
+    assert "compile: unknown value 'autos'; did you mean auto? Allowed: auto, true, false" in error_of(
+        load_stage, "nano/text", {"compile": "autos"}
+    )
+
+
+@pytest.mark.parametrize("checkpointing", [False, True])
+@pytest.mark.parametrize("changes", [{"attn_implementation": "eager"}, {"packing": False, "max_length": 400}])
+def test_compiled_layers_give_the_curve_of_layers_as_they_are(tmp_path, folder, data, graphs, checkpointing, changes):
+    """Packs and padded rows, with and without activation checkpointing; the model saved has its names."""
+    curves = {}
+    for compiles in (False, True):
+        runs = tmp_path / f"runs{compiles}"
+        changes = {**changes, "compile": compiles, "gradient_checkpointing": checkpointing}
+        out = run_stage(recipe(tmp_path, folder, data, trains=list(GROUPS[:2]), **changes), runs=runs)
+        curves[compiles] = torch.tensor(losses(runs))
+        assert bool(graphs) == compiles
+    torch.testing.assert_close(curves[True], curves[False], atol=1e-5, rtol=0)
+    assert set(load_file(out / "model.safetensors")) == set(load_file(folder / "model.safetensors"))
+
+
+def enable_checkpointing(model) -> None:
+    """Newer transformers call it otherwise."""
+    name = "activation" if hasattr(model, "activation_checkpointing_enable") else "gradient"
+    getattr(model, f"{name}_checkpointing_enable")({"use_reentrant": False})
+
+
+def packs_of(processor, layouts: list[tuple[int, ...]], length: int) -> list[dict[str, torch.Tensor]]:
+    """A batch of one pack for each layout, the tiles of its samples; padded to `length`."""
+    collate, patches = PackCollator(2, length=length), processor.tokens_per_tile
+    batches = []
+    for tiles in layouts:
+        pack = []
+        for count in tiles:
+            ids = torch.cat([torch.full((count * patches,), processor.image_token_id), torch.arange(5, 12 + count)])
+            pixels = torch.randint(0, 256, (count, patches, 3 * 28 * 28), dtype=torch.uint8)
+            pack.append({"input_ids": ids, "labels": ids.clone(), "pixel_values": pixels})
+        batches.append(collate([pack]))
+    return batches
+
+
+@pytest.mark.parametrize("attention", ["flex_attention", "eager"])
+def test_graphs_do_not_grow_with_the_numbers_of_tiles_and_samples(folder, processor, attention):
+    """Three for all layers and packs: the first pack's, any other's, one's without a picture. As many with stochastic
+    depth, whose rate differs from layer to layer, and one more for its first layer."""
+    layouts = [(4, 1, 3), (2, 2), (1, 1, 1, 1, 1), (0, 0), (3,), (1, 4, 2, 0), (0,), (2, 0, 1, 3), (5, 2), (1, 2, 1)]
+    batches = packs_of(processor, layouts, 160)
+    # flex has no backward on a CPU.
+    learns = attention != "flex_attention"
+    for rate, most in ((0.0, 3), (0.4, 4)):
+        model = MonoInternVLForCausalLM.from_pretrained(folder, attn_implementation=attention).train()
+        model.config.text_config.drop_path_rate = rate
+        for number, layer in enumerate(model.model.language_model.layers):
+            layer.drop_path = make_drop_path(model.config.text_config, number)
+        seen: list[int] = []
+        torch.compiler.reset()
+
+        def count(graph, inputs, seen=seen):
+            seen.append(len(inputs))
+            return graph
+
+        compile_layers(model, backend=count, fullgraph=True)
+        numbers = []
+        for batch in batches:
+            inputs = {name: batch[name] for name in ("input_ids", "position_ids", "pixel_values")}
+            with torch.set_grad_enabled(learns):
+                logits = model(**inputs, use_cache=False, logits_to_keep=torch.arange(9)).logits
+            if learns:
+                logits.sum().backward()
+            numbers.append(len(seen))
+        uncompile_layers(model)
+        assert numbers[4:] == [numbers[4]] * 6 and 2 <= numbers[-1] <= most, numbers
+        assert all("forward" not in layer.__dict__ for layer in model.model.language_model.layers)
+
+
+def test_packs_are_filled_up_to_one_length_where_shapes_must_not_change(folder, processor):
+    short, long = packs_of(processor, [(1,), (2, 2)], 100)
+    for batch in (short, long):
+        assert batch["input_ids"].shape == batch["loss_weights"].shape == (1, 100)
+    model = MonoInternVLForCausalLM.from_pretrained(folder).eval()
+    (unpadded,) = packs_of(processor, [(1,)], 0)
+    unpadded["pixel_values"] = short["pixel_values"]
+    with torch.no_grad():
+        torch.testing.assert_close(loss_of(model, short), loss_of(model, unpadded), atol=1e-6, rtol=0)
+
+
+def test_flex_gets_one_dtype_under_autocast(folder, processor, monkeypatch):
+    """Rotation leaves float32 queries and keys beside bfloat16 values, which no kernel of flex takes."""
+    seen: list[set] = []
+    flex = ALL_ATTENTION_FUNCTIONS["flex_attention"]
+
+    def watched(module, query, key, value, *args, **kwargs):
+        seen.append({query.dtype, key.dtype, value.dtype})
+        return flex(module, query, key, value, *args, **kwargs)
+
+    monkeypatch.setitem(ALL_ATTENTION_FUNCTIONS._global_mapping, "flex_attention", watched)
+    model = MonoInternVLForCausalLM.from_pretrained(folder, attn_implementation="flex_attention").train()
+    (batch,) = packs_of(processor, [(1, 2)], 64)
+    with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
+        loss_of(model, batch)
+    assert seen == [{torch.bfloat16}] * len(model.model.language_model.layers)
+
+
 # ------------------------------------------------------------------------------------------------------------ resuming
 
 
@@ -684,6 +849,69 @@ def test_a_full_disk_leaves_the_checkpoint_before(tmp_path, folder, data, monkey
     assert not (tmp_path / "runs" / "stage" / "unfinished").exists()
 
 
+class _Watch(TrainerCallback):
+    """What a callback sees when a checkpoint has been saved."""
+
+    def __init__(self):
+        self.seen: list[tuple] = []
+
+    def on_save(self, args, state, control, **kwargs):
+        folder = Path(args.output_dir) / f"checkpoint-{state.global_step}"
+        told = json.loads((folder / "trainer_state.json").read_text())["best_model_checkpoint"]
+        there = [path.name for path in checkpoints(Path(args.output_dir))]
+        self.seen.append((state.global_step, told, state.best_model_checkpoint, there))
+
+
+def test_callbacks_the_best_and_the_limit_see_a_checkpoint_by_its_last_name(tmp_path):
+    """Losses of evaluation 3, 1, 2, 4: the second checkpoint is the best, and stays where the limit is two."""
+    torch.manual_seed(0)
+    rows = [{"x": torch.randn(3), "labels": torch.randn(1)} for _ in range(8)]
+    found = iter((3.0, 1.0, 2.0, 4.0))
+
+    class Module(torch.nn.Linear):
+        def forward(self, x, labels):
+            out = super().forward(x)
+            return {"loss": (out - labels).square().mean(), "logits": out}
+
+    watch = _Watch()
+    arguments = TrainingArguments(
+        output_dir=str(tmp_path / "runs"),
+        max_steps=4,
+        per_device_train_batch_size=2,
+        eval_strategy="steps",
+        eval_steps=1,
+        save_steps=1,
+        save_total_limit=2,
+        load_best_model_at_end=True,
+        metric_for_best_model="told",
+        greater_is_better=False,
+        use_cpu=True,
+        report_to=[],
+        disable_tqdm=True,
+    )
+    trainer = WholeCheckpoints(
+        model=Module(3, 1),
+        args=arguments,
+        train_dataset=rows,
+        eval_dataset=rows,
+        compute_metrics=lambda prediction: {"told": next(found)},
+        callbacks=[watch],
+    )
+    trainer.train()
+    names = [f"checkpoint-{step}" for step in range(1, 5)]
+    first, second = (str(tmp_path / "runs" / name) for name in names[:2])
+    assert watch.seen == [
+        (1, first, first, names[:1]),
+        (2, second, second, names[:2]),
+        (3, second, second, names[1:3]),
+        (4, second, second, [names[1], names[3]]),
+    ]
+    assert arguments.output_dir == str(tmp_path / "runs") and arguments.save_total_limit == 2
+    # The model at the end is the best one's.
+    assert torch.equal(trainer.model.weight, load_file(Path(second) / "model.safetensors")["weight"])
+    assert not torch.equal(trainer.model.weight, load_file(tmp_path / "runs/checkpoint-4/model.safetensors")["weight"])
+
+
 # --------------------------------------------------------------------------------------------------- several processes
 
 _FSDP = """
@@ -691,9 +919,10 @@ import gc, sys, torch, torch.distributed as dist
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor
 from mono_internvl import MonoInternVLForCausalLM
+from mono_internvl.common.compiling import compile_layers
 from mono_internvl.training.groups import train_only
 from mono_internvl.training.trainer import weighted_loss_sum
-folder, batches, out = sys.argv[1:]
+folder, batches, out, compiles = sys.argv[1:]
 dist.init_process_group("gloo")
 rank, world = dist.get_rank(), dist.get_world_size()
 model = MonoInternVLForCausalLM.from_pretrained(folder).train()
@@ -702,6 +931,12 @@ for layer in model.model.language_model.layers:
     fully_shard(layer)
 fully_shard(model)
 assert all(isinstance(p, DTensor) for p in model.parameters())
+graphs = []
+if compiles:
+    name = "activation" if hasattr(model, "activation_checkpointing_enable") else "gradient"
+    getattr(model, f"{name}_checkpointing_enable")({"use_reentrant": False})
+    aot_eager = torch._dynamo.lookup_backend("aot_eager")
+    compile_layers(model, backend=lambda graph, inputs: graphs.append(graph) or aot_eager(graph, inputs))
 optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-3)
 losses = []
 for step in torch.load(batches):
@@ -713,6 +948,8 @@ for step in torch.load(batches):
     optimizer.step(); optimizer.zero_grad()
     loss = loss.detach(); dist.all_reduce(loss)
     losses.append(float(loss))
+# First and later layers, with and without a picture, the first batch and any other.
+assert bool(graphs) == bool(compiles) and len(graphs) <= 8, len(graphs)
 if rank == 0:
     torch.save(losses, out)
 # What FSDP hangs on the model holds the process group. Where that outlives the interpreter, its threads abort it
@@ -777,7 +1014,9 @@ def test_two_ddp_processes_give_the_curve_of_one(tmp_path, dense, data):
     )
 
 
-def test_two_fsdp2_processes_give_the_curve_of_one(tmp_path, folder, processor, data):
+@pytest.mark.parametrize("compiles", ["", "compiled"])
+def test_two_fsdp2_processes_give_the_curve_of_one(tmp_path, folder, processor, data, compiles):
+    """As they are; and with compiled layers under activation checkpointing, whose hooks stay outside the graphs."""
     conversations = Conversations(open_sources([data / "train.jsonl"]), processor, max_tiles=4, max_length=400)
     collate = Collator(2, "token")
     # Rank 0 has pictures; rank 1 only text (records 2, 6, ...).
@@ -787,7 +1026,8 @@ def test_two_fsdp2_processes_give_the_curve_of_one(tmp_path, folder, processor, 
     assert all(step[1]["pixel_values"].shape[0] == 0 < step[0]["pixel_values"].shape[0] for step in steps)
     torch.save(steps, tmp_path / "steps.pt")
     (tmp_path / "fsdp.py").write_text(_FSDP)
-    done = torchrun(str(tmp_path / "fsdp.py"), str(folder), str(tmp_path / "steps.pt"), str(tmp_path / "losses.pt"))
+    paths = (tmp_path / "fsdp.py", folder, tmp_path / "steps.pt", tmp_path / "losses.pt")
+    done = torchrun(*map(str, paths), compiles)
     assert done.returncode == 0, done.stderr
 
     from mono_internvl.training.groups import train_only
@@ -808,6 +1048,74 @@ def test_two_fsdp2_processes_give_the_curve_of_one(tmp_path, folder, processor, 
     torch.testing.assert_close(
         torch.tensor(torch.load(tmp_path / "losses.pt")), torch.tensor(single), atol=1e-5, rtol=0
     )
+
+
+# ---------------------------------------------------------------------------------------------------------------- CUDA
+
+
+@pytest.fixture
+def cuda():
+    if not torch.cuda.is_available():
+        pytest.skip("needs a CUDA device")
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("config", ["ddp", "fsdp2", "deepspeed"])
+def test_cuda_configs_run_on_one_gpu(cuda, tmp_path, folder, data, config):
+    """DDP and the files of training/configs, two steps of one process: what a recipe does by default, and activation
+    checkpointing; the curve is that of a run without any of them."""
+    if config == "deepspeed":
+        pytest.importorskip("deepspeed")
+    changes = {"steps": 2, "bf16": True, "gradient_checkpointing": True, "drop_path": 0.0, "trains": list(GROUPS[:2])}
+    path = recipe(tmp_path, folder, data, **changes)
+    run_stage(path, {"compile": False, "attn_implementation": "sdpa"}, runs=tmp_path / "plain")
+    launch = [sys.executable, "-m", "accelerate.commands.launch", "--num_processes", "1"]
+    if config == "ddp":
+        # One process is none to accelerate, unless told so.
+        launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "1"]
+    else:
+        launch += ["--config_file", str(ROOT / "training" / "configs" / f"{config}.yaml")]
+    command = [*launch, "-m", "mono_internvl", "train", str(path), "--runs", str(tmp_path / config)]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=600)
+    assert done.returncode == 0, done.stderr
+    assert "attention flex_attention, layers compiled" in done.stderr
+    torch.testing.assert_close(
+        torch.tensor(losses(tmp_path / config)), torch.tensor(losses(tmp_path / "plain")), atol=2e-2, rtol=0
+    )
+    saved = MonoInternVLForCausalLM.from_pretrained(tmp_path / config / "stage" / "model")
+    assert all(parameter.isfinite().all() for parameter in saved.parameters())
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("checkpointing", [False, True])
+def test_cuda_graphs_of_a_run_do_not_grow(cuda, folder, processor, checkpointing):
+    """Forward and backward under autocast, as the Trainer calls them; gradients as those of eager attention."""
+    layouts = [(4, 1, 3), (2, 2), (1, 1, 1, 1, 1), (0, 0), (3,), (1, 4, 2, 0), (0,), (2, 0, 1, 3)]
+    batches = packs_of(processor, layouts, 256)
+    gradients, numbers = [], []
+    for attention in ("eager", "flex_attention"):
+        model = MonoInternVLForCausalLM.from_pretrained(folder, attn_implementation=attention).to("cuda").train()
+        model.config.text_config.drop_path_rate = 0.0
+        if attention == "flex_attention":
+            if checkpointing:
+                enable_checkpointing(model)
+            torch.compiler.reset()
+            torch._dynamo.utils.counters.clear()
+            compile_layers(model)
+        for batch in batches:
+            inputs = {name: batch[name].cuda() for name in ("input_ids", "position_ids", "pixel_values")}
+            with torch.autocast("cuda", torch.bfloat16):
+                logits = model(**inputs, use_cache=False, logits_to_keep=torch.arange(40, device="cuda")).logits
+            logits.float().square().mean().backward()
+            if attention == "flex_attention":
+                numbers.append(torch._dynamo.utils.counters["stats"]["unique_graphs"])
+        gradients.append({name: parameter.grad for name, parameter in model.named_parameters()})
+    uncompile_layers(model)
+    # The mask is made by a graph of its own.
+    assert numbers[4:] == [numbers[4]] * 4 and numbers[-1] <= 8, numbers
+    for name, expected in gradients[0].items():
+        error = (gradients[1][name] - expected).norm() / expected.norm().clamp(min=1e-12)
+        assert error < 0.05, (name, float(error))
 
 
 # --------------------------------------------------------------------------------------------------------- plate world

@@ -13,7 +13,7 @@ from typing import Annotated, Any
 import typer
 
 from ..common.files import read_json, written_whole
-from .trainer import checkpoints
+from .checkpoints import checkpoints
 
 
 STAGES = (

@@ -130,17 +130,18 @@ class Collator:
 
 
 class PackCollator:
-    """Joins the conversations of each pack into one row; packs of a batch are padded to the longest.
+    """Joins the conversations of each pack into one row; packs of a batch are padded to the longest, or to `length`.
 
     Returns `input_ids`, `labels`, `position_ids` int64 [packs, T], `loss_weights` float32 [packs, T], `pixel_values`.
     Padding is a sample of its own: its positions restart, and nothing is learnt from it.
     """
 
-    def __init__(self, pad_token_id: int, weighting: str = "token"):
-        self.pad_token_id, self.weighting = pad_token_id, weighting
+    def __init__(self, pad_token_id: int, weighting: str = "token", length: int | None = None):
+        self.pad_token_id, self.weighting, self.length = pad_token_id, weighting, length
 
     def __call__(self, packs: Sequence[Sequence[Example]]) -> Example:
-        length = max(sum(len(example["input_ids"]) for example in pack) for pack in packs)
+        longest = max(sum(len(example["input_ids"]) for example in pack) for pack in packs)
+        length = max(longest, self.length or 0)
         rows: dict[str, list[torch.Tensor]] = {"input_ids": [], "labels": [], "position_ids": [], "loss_weights": []}
         for pack in packs:
             padding = length - sum(len(example["input_ids"]) for example in pack)

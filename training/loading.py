@@ -203,12 +203,26 @@ class Conversations(Dataset):
 class Batches:
     """Collates keyed samples, in packs, in one row (`padding_free`) or padded; bad ones are left out and counted.
 
+    Args:
+        length: packs are padded to so many tokens; None: to the longest of the batch.
+
     The batch also holds `samples` (int64 [], read) and, where some were bad, `bad` (their messages).
     """
 
-    def __init__(self, pad_token_id: int, patches: int, *, packing: bool, weighting: str, padding_free: bool = False):
+    def __init__(
+        self,
+        pad_token_id: int,
+        patches: int,
+        *,
+        packing: bool,
+        weighting: str,
+        padding_free: bool = False,
+        length: int | None = None,
+    ):
         self.joins, self.one_row = packing or padding_free, padding_free
-        self.collate: Any = (PackCollator if self.joins else Collator)(pad_token_id, weighting)
+        self.collate: Any = (
+            PackCollator(pad_token_id, weighting, length) if self.joins else Collator(pad_token_id, weighting)
+        )
         # Where all samples of a batch are bad, the rank still has to take part in the step.
         self.nothing: Example = {
             "input_ids": torch.full((2,), pad_token_id),

@@ -13,18 +13,19 @@ from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM, TrainingA
 from transformers.integrations import is_tensorboard_available
 
 from ..common.files import write_json
-from ..configuration_mono_internvl import MonoInternVLTextConfig
 from ..image_processing_mono_internvl import MonoInternVLImageProcessor
 from ..modeling_mono_internvl import MonoInternVLForCausalLM
 from ..plates.tasks import PlateWorld
 from ..processing_mono_internvl import MonoInternVLProcessor
 from ..tiling_mono_internvl import count_tiles
 from ..training_mono_internvl import make_drop_path
+from .backend import Backend, choose_backend
+from .checkpoints import checkpoints
 from .groups import count_parameters, linear_modules, train_only
 from .loading import Batches, Conversations, Key, UnitBatches, mixture, one_pass, packed
 from .sources import Source, open_sources
 from .stages import RECIPES, Stage, load_stage
-from .trainer import EViPTrainer, Progress, checkpoints
+from .trainer import EViPTrainer, Progress
 
 
 logger = logging.getLogger(__name__)
@@ -78,9 +79,6 @@ def run_stage(
     kept = checkpoints(folder)
     if kept and not resume:
         raise ValueError(f"{folder} holds checkpoints of an earlier run: pass --resume to go on, or remove them")
-    if stage.drop_path:
-        # What it needs is missed now, not when the model has been loaded.
-        make_drop_path(MonoInternVLTextConfig(drop_path_rate=stage.drop_path), 1)
     # Before anything is read or built: whatever starts at random starts the same.
     set_seed(stage.seed)
     state = PartialState(cpu=not torch.cuda.is_available())
@@ -88,7 +86,8 @@ def run_stage(
     # Text is told once, by the process that leads.
     tell = write if rank == 0 else (lambda line: None)
 
-    processor, model = _start(stage, Path(runs), folder, state)
+    backend = choose_backend(stage)
+    processor, model = _start(stage, backend, Path(runs), folder, state)
     if isinstance(model, MonoInternVLForCausalLM):
         model.config.text_config.drop_path_rate = stage.drop_path
         _set_drop_path(model)
@@ -100,29 +99,24 @@ def run_stage(
         raise ValueError(
             f"batch_size / accumulation = {per_step} must be a multiple of the {world_size} processes that train"
         )
-    conversations = units.conversations
-
     train_only(model, stage.trains or (stage.lora or {})["groups"])
     trained: torch.nn.Module = model
     if stage.lora:
         trained = _with_lora(model, stage.lora)
     for line in describe(stage, name, trained, processor, steps):
         tell(line)
+    tell(f"  {backend}")
 
-    trainer = EViPTrainer(
-        model=trained,
-        args=_arguments(stage, folder, steps, per_step // world_size),
+    trainer = make_trainer(
+        stage,
+        trained,
+        backend,
+        units.conversations,
+        units,
+        make_arguments(stage, folder, steps, per_step // world_size),
+        pad_token_id=processor.tokenizer.pad_token_id,
+        tokens_per_tile=processor.tokens_per_tile,
         processing_class=processor,
-        conversations=conversations,
-        batches=Batches(
-            processor.tokenizer.pad_token_id,
-            processor.tokens_per_tile,
-            packing=stage.packing,
-            padding_free=stage.padding_free,
-            weighting=stage.loss_weighting,
-        ),
-        micro_batches=UnitBatches(units, steps * stage.accumulation, per_step // world_size, rank, world_size),
-        max_bad_share=stage.max_bad_share,
         callbacks=[Progress(tell)],
     )
     trainer.train(resume_from_checkpoint=str(kept[-1]) if kept else None)
@@ -139,6 +133,46 @@ def run_stage(
     _save(trainer, processor, stage, output)
     tell(f"finished: {output}")
     return output
+
+
+def make_trainer(
+    stage: Stage,
+    model: torch.nn.Module,
+    backend: Backend,
+    conversations: Any,
+    units: Callable[[], Iterator[list[Key]]],
+    arguments: TrainingArguments,
+    *,
+    pad_token_id: int,
+    tokens_per_tile: int,
+    **more: Any,
+) -> EViPTrainer:
+    """The trainer of a stage, of a run and of what measures one.
+
+    Args:
+        conversations: data set of (key, example), or (key, `BadSample`), by key, with `skip_bad`.
+        units: makes the run's units, from the first.
+        more: goes to `Trainer`.
+    """
+    world_size, per_rank = arguments.world_size, arguments.per_device_train_batch_size
+    micro_steps = arguments.max_steps * arguments.gradient_accumulation_steps
+    return EViPTrainer(
+        model=model,
+        args=arguments,
+        conversations=conversations,
+        batches=Batches(
+            pad_token_id,
+            tokens_per_tile,
+            packing=stage.packing,
+            padding_free=stage.padding_free,
+            weighting=stage.loss_weighting,
+            length=backend.row_length,
+        ),
+        micro_batches=UnitBatches(units, micro_steps, per_rank, arguments.process_index, world_size),
+        max_bad_share=stage.max_bad_share,
+        compiles=backend.compiles,
+        **more,
+    )
 
 
 def describe(
@@ -161,13 +195,15 @@ def describe(
 # ------------------------------------------------------------------------------------------------------------ start
 
 
-def _start(stage: Stage, runs: Path, folder: Path, state: PartialState) -> tuple[MonoInternVLProcessor, Any]:
-    attention = {} if stage.attn_implementation is None else {"attn_implementation": stage.attn_implementation}
+def _start(
+    stage: Stage, backend: Backend, runs: Path, folder: Path, state: PartialState
+) -> tuple[MonoInternVLProcessor, Any]:
+    attention = {} if backend.attention is None else {"attn_implementation": backend.attention}
     if stage.dense is not None:
         processor = _processor(stage.tokenizer or str(ROOT))
         processor.image_processor.max_tiles = stage.max_tiles
         config = dense_config(stage.dense, processor)
-        config._attn_implementation = stage.attn_implementation
+        config._attn_implementation = backend.attention
         return processor, LlamaForCausalLM(config)
     assert stage.model is not None
     source = stage.model
@@ -363,15 +399,24 @@ def _units(stage: Stage, sources: list[Source], processor: MonoInternVLProcessor
 # --------------------------------------------------------------------------------------------------------- training
 
 
-def _arguments(stage: Stage, folder: Path, steps: int, per_rank: int) -> TrainingArguments:
-    cuda = torch.cuda.is_available()
+def make_arguments(
+    stage: Stage, folder: Path, steps: int, per_rank: int, *, cuda: bool | None = None, **changes: Any
+) -> TrainingArguments:
+    """transformers' arguments for a stage.
+
+    Args:
+        per_rank: units of a micro-batch on one rank.
+        cuda: train on a GPU; default: where there is one.
+        changes: fields of `TrainingArguments` that replace the stage's.
+    """
+    cuda = torch.cuda.is_available() if cuda is None else cuda
     checkpointing: dict[str, Any] = {}
     if stage.gradient_checkpointing:
         # Newer transformers call it otherwise, and warn of the old name.
-        fields = TrainingArguments.__dataclass_fields__
-        named = "activation_checkpointing" if "activation_checkpointing" in fields else "gradient_checkpointing"
+        known = TrainingArguments.__dataclass_fields__
+        named = "activation_checkpointing" if "activation_checkpointing" in known else "gradient_checkpointing"
         checkpointing = {named: True, f"{named}_kwargs": {"use_reentrant": False}}
-    return TrainingArguments(
+    fields: dict[str, Any] = dict(
         output_dir=str(folder),
         max_steps=steps,
         per_device_train_batch_size=per_rank,
@@ -405,6 +450,7 @@ def _arguments(stage: Stage, folder: Path, steps: int, per_rank: int) -> Trainin
         report_to=["tensorboard"] if is_tensorboard_available() else [],
         seed=stage.seed,
     )
+    return TrainingArguments(**{**fields, **changes})
 
 
 def _save(trainer: EViPTrainer, processor: MonoInternVLProcessor, stage: Stage, output: Path) -> None:

@@ -52,7 +52,9 @@ class Stage:
         batch_size: samples (packs, if packing) of one optimiser step, over all processes and accumulation.
         accumulation: micro-steps of one optimiser step.
         warmup: warm-up in steps, or as a share of all steps if below 1.
-        drop_path: stochastic depth while training; needs timm.
+        drop_path: stochastic depth while training, growing linearly with depth up to this share.
+        attn_implementation: name of an attention backend; auto: flex_attention for packs on CUDA, else the model's own.
+        compile: compile each decoder layer; auto: for packs with flex_attention on CUDA (`backend.choose_backend`).
         lora: `{"groups": [...], "r": 16, "alpha": 32, "dropout": 0.0}`: adapters instead of full training of `trains`.
         save_dtype: of the finished model, float32 or bfloat16.
         on_bad_sample: error, or skip: leave it out, count it and log its name; the run fails above `max_bad_share`.
@@ -87,7 +89,8 @@ class Stage:
     drop_path: float = 0.0
     bf16: bool = True
     gradient_checkpointing: bool = True
-    attn_implementation: str | None = None
+    attn_implementation: str = "auto"
+    compile: str | bool = "auto"
     lora: dict | None = None
     on_bad_sample: str = "error"
     max_bad_share: float = 0.01
@@ -107,11 +110,14 @@ class Stage:
             "loss_weighting": WEIGHTINGS,
             "on_bad_sample": ("error", "skip"),
             "save_dtype": ("float32", "bfloat16"),
+            "compile": ("auto", True, False),
             "visual_attention_experts": (*VISUAL_ATTENTION_EXPERTS, None),
         }
         for key, allowed in choices.items():
             if getattr(self, key) not in allowed:
-                raise ValueError(f"{key}: {_unknown(str(getattr(self, key)), [a for a in allowed if a])}")
+                raise ValueError(
+                    f"{key}: {_unknown(str(getattr(self, key)), [_word(a) for a in allowed if a is not None])}"
+                )
         if not self.trains and not self.lora:
             raise ValueError(f"trains: name at least one group of {', '.join(GROUPS)}")
         if (self.steps is None) == (self.epochs is None):
@@ -126,9 +132,11 @@ class Stage:
         for key in ("workers", "warmup", "weight_decay", "max_grad_norm"):
             if not getattr(self, key) >= 0:
                 raise ValueError(f"{key}: {getattr(self, key)} must not be negative")
-        for key in ("max_bad_share", "drop_path", "min_lr_rate"):
+        for key in ("max_bad_share", "min_lr_rate"):
             if not 0 <= getattr(self, key) <= 1:
                 raise ValueError(f"{key}: {getattr(self, key)} must be between 0 and 1")
+        if not 0 <= self.drop_path < 1:
+            raise ValueError(f"drop_path: {self.drop_path} must be at least 0 and less than 1")
         if self.batch_size % self.accumulation:
             raise ValueError(f"batch_size: {self.batch_size} must be a multiple of accumulation {self.accumulation}")
         if self.lora and self.trains:
@@ -198,6 +206,11 @@ def _parse(value: Any) -> Any:
     return yaml.safe_load(value) if isinstance(value, str) else value
 
 
+def _word(value: Any) -> str:
+    """As YAML writes it."""
+    return str(value).lower() if isinstance(value, bool) else str(value)
+
+
 def _unknown(name: str, allowed: Any, what: str = "value") -> str:
     close = difflib.get_close_matches(name, list(allowed), n=1, cutoff=0.4)
     hint = f"; did you mean {close[0]}?" if close else ""
@@ -211,6 +224,8 @@ def _fit(key: str, value: Any, hint: Any) -> Any:
         if type(None) in kinds:
             return None
         raise ValueError(f"{key} must not be empty")
+    if isinstance(value, bool) and bool in kinds:
+        return value
     kind = next(typing.get_origin(k) or k for k in kinds if k is not type(None))
     if kind is tuple and isinstance(value, (list, tuple)):
         return tuple(value)

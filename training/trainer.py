@@ -1,18 +1,17 @@
 """transformers' `Trainer`, extended where EViP needs it: units as batches, weighted loss, whole checkpoints."""
 
 import logging
-import shutil
 import time
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import torch
 from torch.nn import functional as F
 from torch.utils.data import DataLoader
-from transformers import Trainer, TrainerCallback
-from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
+from transformers import PrinterCallback, TrainerCallback
 
+from ..common.compiling import compile_layers, uncompile_layers
+from .checkpoints import WholeCheckpoints
 from .data import IGNORED
 from .loading import Batches, Conversations, UnitBatches
 from .records import BadSample
@@ -42,7 +41,7 @@ def learnt_places(labels: torch.Tensor) -> torch.Tensor:
     return places if len(places) else places.new_zeros(1)
 
 
-class EViPTrainer(Trainer):
+class EViPTrainer(WholeCheckpoints):
     """A `Trainer` for one stage.
 
     Batches come from `UnitBatches` as they are: each rank reads its own. Only parameters that train have gradients and
@@ -52,6 +51,7 @@ class EViPTrainer(Trainer):
     Args:
         conversations, batches, micro_batches: data set, collator and sampler.
         max_bad_share: the run fails when more of the samples read were bad.
+        compiles: compile each decoder layer for as long as it trains.
     """
 
     def __init__(
@@ -61,11 +61,16 @@ class EViPTrainer(Trainer):
         batches: Batches,
         micro_batches: UnitBatches,
         max_bad_share: float = 0.01,
+        compiles: bool = False,
         **kwargs: Any,
     ):
         self.micro_batches, self.max_bad_share = micro_batches, max_bad_share
         self.samples_read, self.bad_samples, self.waited = 0, 0, 0.0
         super().__init__(train_dataset=conversations, data_collator=batches, **kwargs)
+        # Progress tells what is logged; this one prints it once more, to stdout.
+        self.remove_callback(PrinterCallback)
+        if compiles:
+            self.add_callback(CompiledLayers)
         # The loss below divides by the step's weights itself.
         self.model_accepts_loss_kwargs = True
         # A dense language model, in the text stage, has no place for pixels.
@@ -155,37 +160,18 @@ class EViPTrainer(Trainer):
         read, bad = counts.tolist()
         return read, bad
 
-    # ---- checkpoints: whole or not there
 
-    def _save_checkpoint(self, model: torch.nn.Module, trial: Any) -> None:
-        """Write to a temporary folder and rename it: a checkpoint is whole, or it is not there."""
-        runs = Path(str(self.args.output_dir))
-        name = f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}"
-        unfinished = runs / "unfinished"
-        limit, self.args.save_total_limit = self.args.save_total_limit, None
-        try:
-            if self.is_world_process_zero():
-                shutil.rmtree(unfinished, ignore_errors=True)
-            self.accelerator.wait_for_everyone()
-            self.args.output_dir = str(unfinished)
-            super()._save_checkpoint(model, trial)
-            self.accelerator.wait_for_everyone()
-            if self.is_world_process_zero():
-                shutil.rmtree(runs / name, ignore_errors=True)
-                (unfinished / name).rename(runs / name)
-                for old in checkpoints(runs)[:-limit] if limit else []:
-                    shutil.rmtree(old)
-            self.accelerator.wait_for_everyone()
-        finally:
-            self.args.output_dir, self.args.save_total_limit = str(runs), limit
-            if self.is_world_process_zero():
-                shutil.rmtree(unfinished, ignore_errors=True)
+class CompiledLayers(TrainerCallback):
+    """Decoder layers are compiled while training.
 
+    It begins after DDP, FSDP or ZeRO have taken the model, as it has to: FSDP2 changes the class of each layer.
+    """
 
-def checkpoints(runs: Path) -> list[Path]:
-    """Whole checkpoints, oldest first."""
-    found = [path for path in runs.glob(f"{PREFIX_CHECKPOINT_DIR}-*") if path.is_dir()]
-    return sorted(found, key=lambda path: int(path.name.rpartition("-")[2]))
+    def on_train_begin(self, args, state, control, model=None, **kwargs):  # type: ignore[no-untyped-def]
+        compile_layers(model)
+
+    def on_train_end(self, args, state, control, model=None, **kwargs):  # type: ignore[no-untyped-def]
+        uncompile_layers(model)
 
 
 class Progress(TrainerCallback):
