@@ -29,6 +29,9 @@ BaseModelOption = Annotated[
     str | None, typer.Option(metavar="ID", help="base model for the model card, where SRC is a folder")
 ]
 VerifyOption = Annotated[bool, typer.Option("--verify/--no-verify", help="run both on fixed prompts and compare")]
+ManifestOption = Annotated[
+    bool, typer.Option("--manifest", help="hash every weight file; --check then compares every byte")
+]
 PushOption = Annotated[str | None, typer.Option(metavar="REPO", help="then upload to this Hub repository")]
 PrivateOption = Annotated[bool, typer.Option("--private", help="make the repository private")]
 RevisionOption = Annotated[str | None, typer.Option(metavar="BRANCH", help="branch to upload to  [default: main]")]
@@ -44,6 +47,7 @@ def convert(
     max_shard_size: ShardOption = "1GB",
     base_model: BaseModelOption = None,
     verify: VerifyOption = True,
+    manifest: ManifestOption = False,
     push_to_hub: PushOption = None,
     private: PrivateOption = False,
     revision: RevisionOption = None,
@@ -51,7 +55,7 @@ def convert(
 ) -> None:
     """Convert a Mono-InternVL between the official layout and ours, without a change of any value.
 
-    With --check SRC alone is hashed again. With --push-to-hub and no DST, SRC is uploaded as it is.
+    With --check SRC is compared with its conversion.json. With --push-to-hub and no DST, SRC is uploaded as it is.
     """
     check_publishing(push_to_hub, private, revision, dry_run)
     if check:
@@ -76,6 +80,7 @@ def convert(
                 image_token_id=image_token_id,
                 base_model=base_model,
                 verify=verify,
+                manifest=manifest,
                 progress=progress,
             )
         show(report)
@@ -85,9 +90,10 @@ def convert(
 def _check(folder: str) -> None:
     from mono_internvl.conversion import check_checkpoint
 
-    with byte_bar("hashing") as progress:
-        count = check_checkpoint(Path(folder).expanduser(), progress)
-    typer.echo(f"{folder}: {count} files are what conversion.json says")
+    with byte_bar("comparing") as progress:
+        found = check_checkpoint(Path(folder).expanduser(), progress)
+    how = "by every byte" if found.hashed else "by size and header (it was made without --manifest)"
+    typer.echo(f"{folder}: {found.files} files are what conversion.json says, {how}")
 
 
 # ------------------------------------------------------------------------------------------------- shared with `expand`

@@ -11,6 +11,7 @@ from .convert import (
     BaseModelOption,
     DestinationArgument,
     DryRunOption,
+    ManifestOption,
     PrivateOption,
     PushOption,
     RevisionOption,
@@ -41,6 +42,7 @@ def expand(
     seed: Annotated[int, typer.Option(metavar="N", help="of the new visual embedding and input rows")] = 0,
     base_model: BaseModelOption = None,
     verify: VerifyOption = True,
+    manifest: ManifestOption = False,
     push_to_hub: PushOption = None,
     private: PrivateOption = False,
     revision: RevisionOption = None,
@@ -68,6 +70,7 @@ def expand(
             seed=seed,
             base_model=base_model,
             verify=verify,
+            manifest=manifest,
             progress=progress,
         )
     show(report)

@@ -2,7 +2,8 @@
 
 source.py    reads a checkpoint of any layout a piece at a time
 plan.py      what to write, as data: name, shape, dtype, operation and source tensors of every output
-writer.py    carries a plan out: streams shards, hashes them, resumes, renames the finished folder
+writer.py    carries a plan out: streams shards, resumes, renames the finished folder
+manifest.py  what a checkpoint was made of and consists of, and whether that is so
 verify.py    runs both checkpoints one layer at a time and compares
 files.py     what lies beside the weights: config, tokenizer, processor, remote code, model card
 publish.py   the Hub
@@ -12,9 +13,9 @@ expand.py, convert.py   the two jobs
 from .convert import convert_checkpoint
 from .expand import expand_checkpoint
 from .job import Report
+from .manifest import check_checkpoint
 from .publish import publish_checkpoint
 from .verify import Differences
-from .writer import check_checkpoint
 
 
 __all__ = [

@@ -64,12 +64,13 @@ def convert_checkpoint(
     image_token_id: int | None = None,
     base_model: str | None = None,
     verify: bool = True,
+    manifest: bool = False,
     progress: Progress | None = None,
 ) -> Report:
     """Write a Mono-InternVL in the other layout; dtypes and values are kept.
 
     Args:
-        source, destination, max_shard_size, base_model, verify, progress: as for `expand_checkpoint`.
+        source, destination, max_shard_size, base_model, verify, manifest, progress: as for `expand_checkpoint`.
         to: `official` (OpenGVLab/Mono-InternVL-2B's) or `native` (ours).
         image_token_id: of an official source whose nine tokens are not its last ids.
 
@@ -117,7 +118,7 @@ def convert_checkpoint(
 
         how = f"The Mono-InternVL {{source}} in the {to} layout, made by `mono-internvl convert`; no value was changed"
         options = {"to": to, "image_token_id": config.image_token_id, "base_model": base_model}
-        job = Job("convert", how, options, origin, given, config, plan, base_model)
+        job = Job("convert", how, options, origin, given, config, plan, base_model, manifest)
         return job.run(destination, write_files, compare if verify else None, max_shard_size, progress)
 
 

@@ -78,6 +78,7 @@ def expand_checkpoint(
     seed: int = 0,
     base_model: str | None = None,
     verify: bool = True,
+    manifest: bool = False,
     progress: Progress | None = None,
 ) -> Report:
     """Turn a dense InternLM2, InternLM3 or Llama checkpoint into a Mono-InternVL in our layout.
@@ -94,6 +95,8 @@ def expand_checkpoint(
         seed: of everything that is drawn.
         base_model: Hub id for the model card, where `source` is a folder.
         verify: run both on fixed prompts before the folder gets its name.
+        manifest: write the sha256 of every weight file, read and written, into `conversion.json`. Hashing takes longer
+            than writing on processors without SHA instructions; without it sizes and headers are recorded.
         progress: called as `progress(bytes_written, bytes_in_all)`.
 
     Raises:
@@ -147,7 +150,7 @@ def expand_checkpoint(
             "A Mono-InternVL made from the dense language model {source} by `mono-internvl expand`: visual experts are "
             "copies of the text experts, the visual embedding is new and **not trained yet**. Text is what it was"
         )
-        job = Job("expand", how, options, origin, dense, config, plan, base_model)
+        job = Job("expand", how, options, origin, dense, config, plan, base_model, manifest)
         return job.run(destination, write_files, compare if verify else None, max_shard_size, progress)
 
 

@@ -26,9 +26,10 @@ from ..tokenization import read_sentencepiece_model, tokenizer_of_model_file
 from ..tokenization.added_tokens import add_tokens, fill_with_reserved, read_added_tokens, read_roles
 from ..tokenization.internlm2 import ADDED_TOKENS
 from ..vocabulary_mono_internvl import IMAGE_TOKEN
+from .manifest import MANIFEST
 from .plan import Plan
 from .source import Checkpoint, Origin
-from .writer import MANIFEST, write_json
+from .writer import write_json
 
 
 logger = logging.getLogger(__name__)
@@ -367,7 +368,7 @@ _CARD = """---
 
 {how}.
 
-`{manifest}` lists every input and output file with its sha256; `mono-internvl convert --check FOLDER` compares.
+`{manifest}` lists every input and output file; `mono-internvl convert --check FOLDER` compares.
 
 ## How to load it
 

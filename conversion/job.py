@@ -12,11 +12,11 @@ from typing import Any
 from .. import __version__
 from ..configuration_mono_internvl import MonoInternVLConfig
 from .files import write_model_card
+from .manifest import MANIFEST
 from .plan import Plan
 from .source import Checkpoint, Origin
 from .verify import Differences
 from .writer import (
-    MANIFEST,
     Progress,
     job_key,
     naming,
@@ -55,7 +55,14 @@ class Report:
 
 @dataclass(frozen=True)
 class Job:
-    """`operation`: expand or convert. `how`: how it was made, a sentence of the model card. `options`: as recorded."""
+    """One checkpoint to make.
+
+    Attributes:
+        operation: expand or convert.
+        how: how it was made, a sentence of the model card.
+        options: as recorded.
+        manifest: hash every weight file, of the source and of the result.
+    """
 
     operation: str
     how: str
@@ -65,6 +72,7 @@ class Job:
     config: MonoInternVLConfig
     plan: Plan
     base_model: str | None = None
+    manifest: bool = False
 
     def run(
         self,
@@ -86,7 +94,9 @@ class Job:
             with naming(folder, folder):
                 write_files(folder)
             start = time.monotonic()
-            inputs, outputs = write_shards(self.plan, self.source, folder, options["max_shard_size"], progress)
+            inputs, outputs = write_shards(
+                self.plan, self.source, folder, options["max_shard_size"], progress, self.manifest
+            )
             written = time.monotonic()
             not_finite = self._warn_of_not_finite(outputs)
             found = None
@@ -137,6 +147,9 @@ class Job:
             "source": {name: value for name, value in self.origin._asdict().items() if value is not None},
             "options": options,
             "inputs": inputs,
-            "outputs": {name: {"sha256": entry["sha256"], "bytes": entry["bytes"]} for name, entry in outputs.items()},
+            "outputs": {
+                file: {name: value for name, value in entry.items() if name != "not_finite"}
+                for file, entry in outputs.items()
+            },
             "not_finite": list(not_finite),
         }

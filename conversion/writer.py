@@ -1,12 +1,11 @@
 """Carrying a plan out: shard after shard into a folder beside the destination, which is renamed at the end. Where the
 destination is there already it is written into: the folder is inside, and its files move up at the end.
 
-The temporary folder's name holds a key of the source and all options, so that the same command finds its own unfinished
-work. `progress.json` in it lists finished shards with their sha256; a shard counts as finished once it is on the disk
-(fsync) and was hashed from there. On a restart each is hashed again, and written anew where it differs.
-
-Hashing is what costs (a fraction of a gigabyte a second on a core without SHA instructions), so files are hashed by
-threads while later ones are written.
+The temporary folder's name holds a key of the source (names, sizes and times of its files) and of all options, so that
+the same command finds its own unfinished work, and another source starts from the beginning. `progress.json` in it
+lists finished shards; a shard counts as finished once it is on the disk (fsync) under its name. On a restart it is kept
+if its size and its header are those that would be written now. What changed between the two is not seen: only a
+manifest, which hashes every file, finds that, and then finished shards are hashed again on a restart too.
 """
 
 from __future__ import annotations
@@ -20,8 +19,8 @@ import re
 import shutil
 import tempfile
 import threading
-from collections.abc import Callable, Iterator
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -36,12 +35,13 @@ from .source import SAFETENSORS_DTYPES, Checkpoint
 
 logger = logging.getLogger(__name__)
 
-MANIFEST = "conversion.json"
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
 _PROGRESS, _LOCK, _MOVING = "progress.json", ".lock", "moving.json"
 _READ_BYTES = 8 << 20
-# Beyond this the disk is the limit.
-_HASHERS = min(os.cpu_count() or 1, 8)
+# That of the safetensors library.
+_LONGEST_HEADER = 100_000_000
+# Threads that sync and hash shards while later ones are written; beyond this the disk is the limit.
+_FINISHERS = min(os.cpu_count() or 1, 8)
 # Room for what lies beside the weights.
 _OTHER_FILES_BYTES = 64 << 20
 _UNITS = {"": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
@@ -163,12 +163,13 @@ def _work_folder(place: Path, key: str) -> Path:
 
 def job_key(source: Checkpoint, *facts: Any) -> str:
     """Changes with the source's files (name, size, time), the options and the plan."""
-    stats = [
-        (path.name, status.st_size, status.st_mtime_ns)
-        for path in sorted(source.folder.iterdir())
-        if path.is_file() and (status := path.stat())
-    ]
-    return hashlib.sha256(repr((stats, *facts)).encode()).hexdigest()[:12]
+    states = _file_states(path for path in sorted(source.folder.iterdir()) if path.is_file())
+    return hashlib.sha256(repr((states, *facts)).encode()).hexdigest()[:12]
+
+
+def _file_states(paths: Iterable[Path]) -> list[tuple[str, int, int]]:
+    """(name, bytes, nanoseconds of the last change): what tells a changed file without reading it."""
+    return [(path.name, status.st_size, status.st_mtime_ns) for path in paths if (status := path.stat())]
 
 
 @contextmanager
@@ -313,81 +314,114 @@ def split_into_shards(plan: Plan, max_bytes: int) -> dict[str, list[Output]]:
 
 
 class _Finished:
-    """`progress.json`: finished shards, as {file: {sha256, bytes, not_finite}}."""
+    """`progress.json`: finished shards, as {file: {bytes, not_finite, ..}} (`describe`)."""
 
-    def __init__(self, folder: Path):
-        self.path, self._lock = folder / _PROGRESS, threading.Lock()
+    def __init__(self, folder: Path, shards: dict[str, list[Output]], manifest: bool):
+        self.path, self.manifest, self._lock = folder / _PROGRESS, manifest, threading.Lock()
         self.shards: dict[str, dict[str, Any]] = {}
         if self.path.exists():
-            recorded = read_json(self.path)
-            with ThreadPoolExecutor(_HASHERS) as pool:
-                hashes = dict(zip(recorded, pool.map(lambda name: self._hash(folder / name), recorded), strict=True))
-            self.shards = {name: entry for name, entry in recorded.items() if hashes[name] == entry["sha256"]}
+            recorded = {name: entry for name, entry in read_json(self.path).items() if name in shards}
+            with ThreadPoolExecutor(_FINISHERS) as pool:
+                whole = pool.map(lambda name: self._is_whole(folder / name, shards[name], recorded[name]), recorded)
+                self.shards = {name: recorded[name] for name, kept in zip(recorded, whole, strict=True) if kept}
 
-    @staticmethod
-    def _hash(path: Path) -> str | None:
-        return hash_file(path) if path.is_file() else None
+    def _is_whole(self, path: Path, outputs: list[Output], entry: dict[str, Any]) -> bool:
+        header = _header(outputs)
+        if not path.is_file() or path.stat().st_size != len(header) + sum(output.nbytes for output in outputs):
+            return False
+        if read_header(path) != header:
+            return False
+        return not self.manifest or hash_file(path) == entry.get("sha256")
 
     def add(self, temporary: Path, path: Path, not_finite: list[str]) -> None:
-        """Sync, hash, rename and record a shard that was written under a temporary name."""
+        """Sync, rename and record a shard that was written under a temporary name; with a manifest also hash it."""
         with naming(temporary, self.path.parent):
             _fsync(temporary)
-        entry = {"sha256": hash_file(temporary), "bytes": temporary.stat().st_size, "not_finite": not_finite}
+        entry = {**describe(temporary, self.manifest), "not_finite": not_finite}
         with self._lock:
             temporary.replace(path)
             self.shards[path.name] = entry
             write_json(self.path, self.shards)
 
 
+def describe(path: Path, manifest: bool) -> dict[str, Any]:
+    """{bytes} of a file, of a safetensors file also header_sha256, with a manifest also sha256."""
+    entry: dict[str, Any] = {"bytes": path.stat().st_size}
+    header = read_header(path) if path.suffix in (".safetensors", ".part") else None
+    if header is not None:
+        entry["header_sha256"] = hashlib.sha256(header).hexdigest()
+    return {**entry, **({"sha256": hash_file(path)} if manifest else {})}
+
+
 def write_shards(
-    plan: Plan, source: Checkpoint, folder: Path, max_bytes: int, progress: Progress | None
+    plan: Plan, source: Checkpoint, folder: Path, max_bytes: int, progress: Progress | None, manifest: bool
 ) -> tuple[dict[str, dict[str, Any]], dict[str, dict[str, Any]]]:
     """Write the plan's shards that are not finished, and the index.
 
     Returns:
-        Inputs and outputs as {file: {sha256, bytes}}; outputs also have `not_finite`, names of tensors with NaN or
+        Inputs and outputs as {file: what `describe` says}; outputs also have `not_finite`, names of tensors with NaN or
         infinite values.
+
+    Raises:
+        OSError: the disk refuses, or a weight file of the source was changed meanwhile; named.
     """
     shards = split_into_shards(plan, max_bytes)
-    finished = _Finished(folder)
+    finished = _Finished(folder, shards, manifest)
+    states = _file_states(source.files)
     done = 0
-    with ThreadPoolExecutor(_HASHERS) as pool:
-        jobs = []
+
+    def count(written: int) -> None:
+        nonlocal done
+        done += written
+        if progress is not None:
+            progress(done, plan.nbytes)
+
+    with ThreadPoolExecutor(_FINISHERS) as pool:
+        jobs: list[Future[None]] = []
         try:
             for name, outputs in shards.items():
                 if name in finished.shards:
                     done += sum(output.nbytes for output in outputs)
                     continue
                 temporary = folder / f"{name}.part"
-                not_finite: list[str] = []
-                with naming(temporary, folder), temporary.open("wb", buffering=0) as file:
-                    outputs = _aligned(outputs)
-                    _write_all(file, _header(outputs))
-                    for output in outputs:
-                        finite = True
-                        for piece in produce(output, plan, source):
-                            finite = finite and _is_finite(piece)
-                            done += _write_all(file, piece.flatten().view(torch.uint8).numpy().data)
-                            if progress is not None:
-                                progress(done, plan.nbytes)
-                        if not finite:
-                            not_finite.append(output.name)
+                with naming(temporary, folder):
+                    not_finite = _write_shard(temporary, outputs, plan, source, count)
                 jobs.append(pool.submit(finished.add, temporary, folder / name, not_finite))
                 for job in jobs:
                     if job.done():
                         job.result()
             # After the outputs, so that an interrupted run has recorded as many of them as can be.
-            inputs = dict(zip(source.files, pool.map(hash_file, source.files), strict=True))
+            described = list(pool.map(lambda file: describe(file, manifest), source.files))
             for job in jobs:
                 job.result()
         except BaseException:
             pool.shutdown(cancel_futures=True)
             raise
-    hashed = {file.name: {"sha256": sha256, "bytes": file.stat().st_size} for file, sha256 in inputs.items()}
+    if changed := set(states) ^ set(_file_states(source.files)):
+        names = ", ".join(sorted({name for name, *_ in changed}))
+        raise OSError(f"{names} in {source.folder} changed while it was read: run it again when nothing writes there")
     if len(shards) > 1:
         weight_map = {output.name: name for name, outputs in shards.items() for output in outputs}
         write_json(folder / INDEX, {"metadata": {"total_size": plan.nbytes}, "weight_map": weight_map})
-    return hashed, {name: finished.shards[name] for name in shards}
+    inputs = {file.name: entry for file, entry in zip(source.files, described, strict=True)}
+    return inputs, {name: finished.shards[name] for name in shards}
+
+
+def _write_shard(
+    path: Path, outputs: list[Output], plan: Plan, source: Checkpoint, count: Callable[[int], None]
+) -> list[str]:
+    """A whole safetensors file; returns the names of tensors with NaN or infinite values."""
+    not_finite = []
+    with path.open("wb", buffering=0) as file:
+        _write_all(file, _header(outputs))
+        for output in _aligned(outputs):
+            finite = True
+            for piece in produce(output, plan, source):
+                finite = finite and _is_finite(piece)
+                count(_write_all(file, piece.flatten().view(torch.uint8).numpy().data))
+            if not finite:
+                not_finite.append(output.name)
+    return not_finite
 
 
 def _aligned(outputs: list[Output]) -> list[Output]:
@@ -399,7 +433,7 @@ def _header(outputs: list[Output]) -> bytes:
     """The head of a safetensors file: its length in 8 bytes, then JSON, padded to a multiple of 8."""
     entries: dict[str, Any] = {"__metadata__": {"format": "pt"}}
     start = 0
-    for output in outputs:
+    for output in _aligned(outputs):
         end = start + output.nbytes
         dtype = SAFETENSORS_DTYPES[output.dtype]
         entries[output.name] = {"dtype": dtype, "shape": list(output.shape), "data_offsets": [start, end]}
@@ -407,6 +441,16 @@ def _header(outputs: list[Output]) -> bytes:
     text = json.dumps(entries, separators=(",", ":")).encode()
     text += b" " * (-len(text) % 8)
     return len(text).to_bytes(8, "little") + text
+
+
+def read_header(path: Path) -> bytes | None:
+    """The head of a safetensors file with its length; None where there is none."""
+    with naming(path), path.open("rb") as file:
+        start = file.read(8)
+        length = int.from_bytes(start, "little")
+        if length > min(_LONGEST_HEADER, path.stat().st_size - 8):
+            return None
+        return start + file.read(length)
 
 
 def _write_all(file: Any, data: bytes | memoryview) -> int:
@@ -421,42 +465,3 @@ def _is_finite(piece: torch.Tensor) -> bool:
     """Whether there is no NaN and no infinity. A sum is many times faster than a look at each value, and catches both;
     only where it is not finite (it may also overflow) the values are looked at."""
     return bool(torch.isfinite(piece.sum())) or bool(torch.isfinite(piece).all())
-
-
-# ------------------------------------------------------------------------------------------------------------- manifest
-
-
-def check_checkpoint(folder: str | os.PathLike[str], progress: Progress | None = None) -> int:
-    """Hash the weight files of a converted checkpoint again and compare with its `conversion.json`.
-
-    Returns:
-        The number of files compared.
-
-    Raises:
-        FileNotFoundError: no manifest. ValueError: files are missing, changed or not listed; names them.
-    """
-    folder = Path(folder)
-    if not (folder / MANIFEST).is_file():
-        raise FileNotFoundError(f"{folder} has no {MANIFEST}: it was not made by expand or convert")
-    outputs = read_json(folder / MANIFEST).get("outputs")
-    try:
-        recorded = {name: (entry["sha256"], entry["bytes"]) for name, entry in outputs.items()}  # type: ignore[union-attr]
-    except (KeyError, TypeError, AttributeError) as error:
-        raise ValueError(f"{folder / MANIFEST} does not list the outputs with sha256 and bytes") from error
-    problems, done, total = [], 0, sum(size for _, size in recorded.values())
-    for name, (sha256, size) in recorded.items():
-        path = folder / name
-        if Path(name).name != name or not path.is_file():
-            problems.append(f"{name} is missing")
-        elif path.stat().st_size != size:
-            problems.append(f"{name} has {path.stat().st_size} bytes, not {size}")
-        elif hash_file(path) != sha256:
-            problems.append(f"{name} has another sha256")
-        done += size
-        if progress is not None:
-            progress(done, total)
-    strangers = sorted(path.name for path in folder.glob("*.safetensors") if path.name not in recorded)
-    problems += [f"{name} is not listed" for name in strangers]
-    if problems:
-        raise ValueError(f"{folder} is not what {MANIFEST} says: {'; '.join(problems)}")
-    return len(recorded)

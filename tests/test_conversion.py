@@ -1,6 +1,7 @@
 """Expanding, converting, resuming and publishing, on tiny random models and the golden ones."""
 
 import errno
+import hashlib
 import json
 import os
 import re
@@ -1217,11 +1218,16 @@ def test_memory_does_not_grow_with_the_model(tmp_path, dense):
 # --------------------------------------------------------------------------------------------------- manifest and card
 
 
-def test_manifest_and_check(tmp_path, dense):
-    import hashlib
+def flipped(path):
+    """The last byte of a file, a value of its last tensor, is changed."""
+    whole = path.read_bytes()
+    path.write_bytes(whole[:-1] + bytes([whole[-1] ^ 1]))
 
+
+@pytest.mark.parametrize("hashed", [True, False])
+def test_manifest_and_check(tmp_path, dense, hashed):
     out = tmp_path / "out"
-    expand_checkpoint(dense, out, **SMALL, max_shard_size="100KB", base_model="someone/base")
+    expand_checkpoint(dense, out, **SMALL, max_shard_size="100KB", base_model="someone/base", manifest=hashed)
     manifest = json.loads((out / "conversion.json").read_text())
     assert manifest["operation"] == "expand" and manifest["source"] == {"name": "dense"}
     assert manifest["options"]["tile_size"] == 56 and manifest["options"]["base_model"] == "someone/base"
@@ -1229,20 +1235,83 @@ def test_manifest_and_check(tmp_path, dense):
     for folder, entries in ((dense, manifest["inputs"]), (out, manifest["outputs"])):
         assert set(entries) == {path.name for path in folder.glob("*.safetensors")}
         for name, entry in entries.items():
-            assert entry["sha256"] == hashlib.sha256((folder / name).read_bytes()).hexdigest()
-    assert check_checkpoint(out) == len(manifest["outputs"]) > 2
+            content = (folder / name).read_bytes()
+            header = content[: 8 + int.from_bytes(content[:8], "little")]
+            expected = {"bytes": len(content), "header_sha256": hashlib.sha256(header).hexdigest()}
+            assert entry == expected | ({"sha256": hashlib.sha256(content).hexdigest()} if hashed else {})
+    assert check_checkpoint(out) == (len(manifest["outputs"]), hashed) and len(manifest["outputs"]) > 3
 
-    first, second, third = sorted(manifest["outputs"])[:3]
-    whole = (out / first).read_bytes()
-    (out / first).write_bytes(whole[:-1] + bytes([whole[-1] ^ 1]))
+    first, second, third, fourth = sorted(manifest["outputs"])[:4]
+    flipped(out / first)
+    if not hashed:
+        # What only a manifest finds.
+        assert check_checkpoint(out) == (len(manifest["outputs"]), False)
     (out / second).unlink()
     (out / third).write_bytes(b"short")
     (out / "more.safetensors").write_bytes(b"")
-    message = rf"{first} has another sha256; {second} is missing; {third} has 5 bytes.*; more.safetensors is not listed"
-    with pytest.raises(ValueError, match=message):
+    whole = (out / fourth).read_bytes()
+    (out / fourth).write_bytes(whole.replace(b'"dtype"', b'"DTYPE"', 1))
+    message = (
+        rf"{second} is missing; {third} has 5 bytes.*; {fourth} has another header; more.safetensors is not listed"
+    )
+    with pytest.raises(ValueError, match=f"{first} has another sha256; {message}" if hashed else f"says: {message}"):
         check_checkpoint(out)
     with pytest.raises(FileNotFoundError, match="dense has no conversion.json"):
         check_checkpoint(dense)
+    (out / "conversion.json").write_text(json.dumps({"outputs": {first: {"bytes": 5}}}))
+    with pytest.raises(ValueError, match="does not list the outputs with bytes and header_sha256 or sha256"):
+        check_checkpoint(out)
+
+
+@pytest.mark.parametrize(
+    ("spoil", "hashed", "again"),
+    [
+        (lambda path: path.write_bytes(path.read_bytes()[:-1]), False, True),
+        (lambda path: path.write_bytes(path.read_bytes().replace(b'"dtype"', b'"DTYPE"', 1)), False, True),
+        (lambda path: path.write_bytes(b""), False, True),
+        (flipped, False, False),
+        (flipped, True, True),
+        (lambda path: None, True, False),
+    ],
+    ids=["shorter", "header", "empty", "value", "value-manifest", "nothing"],
+)
+def test_what_of_a_finished_shard_is_looked_at_on_a_restart(tmp_path, dense, spoil, hashed, again):
+    """Its size and its header; all of it where a manifest hashes it anyway."""
+
+    class Stopped(Exception):
+        pass
+
+    calls = []
+
+    def stop(done, total):
+        calls.append(done)
+        if done > 0.7 * total:
+            raise Stopped
+
+    options = {**SMALL, "max_shard_size": "100KB", "verify": False, "manifest": hashed}
+    with pytest.raises(Stopped):
+        expand_checkpoint(dense, tmp_path / "out", **options, progress=stop)
+    (left,) = tmp_path.glob("out.*.partial")
+    name = min(json.loads((left / "progress.json").read_text()))
+    spoil(left / name)
+    spoilt, time = (left / name).read_bytes(), (left / name).stat().st_mtime_ns
+    expand_checkpoint(dense, tmp_path / "out", **options)
+    made = tmp_path / "out" / name
+    assert (made.stat().st_mtime_ns != time) == again
+    if again:
+        assert made.read_bytes() != spoilt
+    if again or spoilt == made.read_bytes():
+        expand_checkpoint(dense, tmp_path / "undisturbed", **options)
+        assert (made.read_bytes() == (tmp_path / "undisturbed" / name).read_bytes()) == (again or spoil is not flipped)
+
+
+def test_a_source_that_changes_while_it_is_read_is_refused(tmp_path, dense):
+    def touch(done, total):
+        os.utime(dense / "model.safetensors", (1, 1))
+
+    with pytest.raises(OSError, match=r"model.safetensors in .*dense changed while it was read"):
+        expand_checkpoint(dense, tmp_path / "out", **SMALL, progress=touch)
+    assert not (tmp_path / "out").exists()
 
 
 def test_model_card(tmp_path, dense):

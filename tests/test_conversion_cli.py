@@ -36,7 +36,11 @@ def test_convert_and_check(folders, tmp_path):
     assert result.exit_code == 0, result.output
     assert result.stdout.splitlines()[1] == "not verified"
     assert json.loads((tmp_path / "official" / "config.json").read_text())["model_type"] == "internvl_chat"
-    assert run("convert", "--check", tmp_path / "official").exit_code == 0
+    checked = run("convert", "--check", tmp_path / "official")
+    assert checked.exit_code == 0 and "by size and header (it was made without --manifest)" in checked.stdout
+    made = run("convert", base / "native", tmp_path / "hashed", "--to", "official", "--no-verify", "--manifest")
+    assert made.exit_code == 0, made.output
+    assert "by every byte" in run("convert", "--check", tmp_path / "hashed").stdout
     with (tmp_path / "official" / "model.safetensors").open("ab") as file:
         file.write(b"x")
     assert "model.safetensors has" in failure("convert", "--check", tmp_path / "official")
