@@ -35,7 +35,10 @@ class MonoInternVLOutputHead(nn.Linear):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """[..., H] -> [..., vocabulary]."""
-        way = self.way(x)
+        return self.product(x, self.way(x))
+
+    def product(self, x: torch.Tensor, way: str) -> torch.Tensor:
+        """[..., H] -> [..., vocabulary] in one of the ways that `way` names."""
         if way == "plain":
             return super().forward(x)
         size = self.weight.shape[0]

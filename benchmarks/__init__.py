@@ -2,6 +2,6 @@
 
 # In the order in which they run; `train` changes the weights and `load` needs the disk.
 PARTS = (
-    *("preprocess", "routing", "prefill", "ttft", "decode", "serve", "scaling"),
+    *("preprocess", "routing", "head", "attention", "prefill", "ttft", "decode", "generate", "serve", "scaling"),
     *("train", "packing", "memory", "loading", "load"),
 )

@@ -12,6 +12,8 @@ import torch
 from ..common.files import write_json
 from . import PARTS
 from .decode import run_decode, run_serve
+from .generate import run_generate
+from .kernels import run_attention, run_head
 from .load import run_load
 from .measure import Place, describe_machine
 from .peers import build, preset_config
@@ -25,13 +27,24 @@ logger = logging.getLogger(__name__)
 
 # Seconds that a part takes at the 2B dimensions: on a GPU at full depth, on two CPU cores at CPU_LAYERS.
 _EXPECTED = {
-    "cuda": {"prefill": 110, "ttft": 25, "decode": 90, "serve": 25, "scaling": 20, "train": 130, "load": 90},
+    "cuda": {
+        "prefill": 110,
+        "ttft": 25,
+        "head": 30,
+        "attention": 10,
+        "decode": 90,
+        "generate": 60,
+        "serve": 25,
+        "scaling": 20,
+        "train": 130,
+        "load": 90,
+    },
     "cpu": {"prefill": 1100, "ttft": 300, "decode": 90, "load": 150},
 }
 CPU_LAYERS = 8
 # On the CPU these take long and have no goal there; they run when they are named.
-_GPU_ONLY = ("routing", "serve", "scaling", "train", "packing", "memory", "loading")
-_NEEDS_MODEL = ("prefill", "ttft", "decode", "serve", "scaling", "train", "packing")
+_GPU_ONLY = ("routing", "head", "attention", "generate", "serve", "scaling", "train", "packing", "memory", "loading")
+_NEEDS_MODEL = ("prefill", "ttft", "decode", "generate", "serve", "scaling", "train", "packing")
 
 
 def run_parts(
@@ -105,9 +118,12 @@ def _attempt(part: str, place: Place, options: dict[str, Any], model: Any) -> di
     runners: dict[str, Callable[[], dict[str, Any]]] = {
         "preprocess": lambda: run_preprocess(place, preset=options["preset"], seconds=8 if place.is_cuda else 20),
         "routing": lambda: run_routing(place, preset=options["preset"], seconds=4 if place.is_cuda else 20),
+        "head": lambda: run_head(place, preset=options["preset"]),
+        "attention": lambda: run_attention(place, preset=options["preset"]),
         "prefill": lambda: run_prefill(place, **options, model=model, seconds=3 if place.is_cuda else 30),
         "ttft": lambda: run_ttft(place, **options, model=model, seconds=3 if place.is_cuda else 30),
         "decode": lambda: run_decode(place, **options, model=model, seconds=5 if place.is_cuda else 20),
+        "generate": lambda: run_generate(place, **options, model=model),
         "serve": lambda: run_serve(place, **options, model=model),
         "scaling": lambda: run_scaling(place, **options, model=model, seconds=1 if place.is_cuda else 5),
         "train": lambda: _run_train(place, **options, model=model),

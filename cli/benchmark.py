@@ -14,7 +14,7 @@ from .common import note
 
 # `mono_internvl.benchmarks.PARTS`.
 PARTS = (
-    *("preprocess", "routing", "prefill", "ttft", "decode", "serve", "scaling"),
+    *("preprocess", "routing", "head", "attention", "prefill", "ttft", "decode", "generate", "serve", "scaling"),
     *("train", "packing", "memory", "loading", "load"),
 )
 _PICTURES = (".png", ".svg", ".pdf")

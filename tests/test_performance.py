@@ -11,7 +11,7 @@ from transformers import StaticCache
 
 import mono_internvl.benchmarks.suite as suite
 from conftest import ROWS, tiles, tiny_config, tiny_model
-from mono_internvl.benchmarks import flops, measure, peers, recipe, routing
+from mono_internvl.benchmarks import flops, generate, kernels, measure, peers, recipe, routing
 from mono_internvl.benchmarks import train as train_steps
 from mono_internvl.benchmarks.preprocess import per_tile_recipe, photograph, resizes
 from mono_internvl.common.compiling import compile_layers, uncompile_layers
@@ -314,6 +314,28 @@ def test_packed_and_padded_batches_hold_the_same_samples(monkeypatch):
     assert [row["against"] for row in result["rows"]] == ["padded, 4 at a time", "padded, sorted by length"]
     assert result["rows"][0]["at_least"] == 1.5 and result["settings"]["packs"] < 12
     assert not model.training and all(parameter.grad is None for parameter in model.parameters())
+
+
+def test_parts_about_choices_run_small():
+    """Each way of the output head, of one query's attention and of `generate` is measured, and the choice is marked."""
+    result = kernels.run_head(CPU, preset="nano", rows=(1, 40), trained=(40,), seconds=0)
+    ways = [(row["rows"], row["learns"], row["way"]) for row in result["rows"]]
+    assert ways == [
+        *((count, False, way) for count in (1, 40) for way in ("plain", "padded", "split")),
+        *((40, True, way) for way in ("plain", "padded")),
+    ]
+    assert result["not_run"] == {} and {row["way"] for row in result["rows"] if row["chosen"]} == {"plain"}
+
+    result = kernels.run_attention(CPU, preset="nano", caches=((2, 96),), seconds=0)
+    assert [row["way"] for row in result["rows"]] == ["grouped", "repeated", "product"]
+    assert [row["way"] for row in result["rows"] if "at_most" in row] == ["grouped"] and result["not_run"] == {}
+
+    result = generate.run_generate(CPU, sizes=((8, 4), (4, 8)), new_tokens=2, rounds=1, model=tiny_model())
+    assert [(row["cache"], row["new_tokens"]) for row in result["rows"]] == [
+        *(("dynamic", 2), ("static", 2)),
+        *(("dynamic", 3), ("static", 3)),
+    ]
+    assert result["not_run"] == {} and all(row["first_call_seconds"] > 0 for row in result["rows"])
 
 
 def test_a_training_step_makes_the_products_of_the_formula():
