@@ -99,13 +99,15 @@ def run_decode(
                     decoder.prepare(mode == "compiled")
                 runs = {name: decoder.run(context, steps) for name, decoder in decoders.items()}
                 times = interleave(runs, place, seconds=seconds, rounds=15)
-                rows += _decode_rows({name: [t / steps for t in ts] for name, ts in times.items()}, limit, mode)
+                rows += _decode_rows(
+                    {name: [t / steps for t in ts] for name, ts in times.items()}, limit, mode, place.is_cuda
+                )
             place.release()
     settings = {"preset": preset, "layers": text.num_hidden_layers, "context": context, "steps": steps}
     return {"rows": rows, "not_run": notes, "settings": {**settings, "bandwidth": bandwidth}}
 
 
-def _decode_rows(per_step: dict[str, list[float]], limit: float, mode: str) -> list[dict[str, Any]]:
+def _decode_rows(per_step: dict[str, list[float]], limit: float, mode: str, on_cuda: bool) -> list[dict[str, Any]]:
     ours, dense = per_step["ours"], per_step["dense"]
     note = f"{mode}; {1 / median(ours):.1f} tokens/s"
     share = ratio([limit] * len(ours), ours)
@@ -119,7 +121,15 @@ def _decode_rows(per_step: dict[str, list[float]], limit: float, mode: str) -> l
             "mode": mode,
             "note": note,
         },
-        row("decode, V-experts present", "dense twin", ours, dense, at_most=1.01, mode=mode, note=mode),
+        row(
+            "decode, V-experts present",
+            "dense twin",
+            ours,
+            dense,
+            at_most=1.0 if on_cuda and mode == "compiled" else 1.01,
+            mode=mode,
+            note=mode,
+        ),
     ]
 
 

@@ -373,7 +373,7 @@ def test_the_trainers_own_step_is_measured(monkeypatch):
     assert [row["mode"] for row in result["rows"]] == ["eager, sdpa", "compiled, sdpa"]
     for row in result["rows"]:
         assert row["tokens_per_second"] == pytest.approx(8192 / row["seconds"])
-        assert "TFLOP/s, measured" in row["against"] and row["at_least"] == 0.45 and row["ratio"] > 0
+        assert "TFLOP/s, measured" in row["against"] and row["ratio"] > 0
         assert row["what"] == "S2 step, 8,192 tokens in packs of 4,096: MFU"
     # Five steps of each mode, which end at once where no time is left; packs differ from step to step.
     visual = [2 * 3328, 3328 + 2816]
