@@ -1,6 +1,6 @@
 """How visual and text tokens attend to each other: kernels, masks, and which of them a call gets.
 
-    causal prompt, no padding     sdpa's causal kernel, no mask                    `prompt_mask`
+    causal prompt, no padding     sdpa's causal kernel, no mask                    `make_attention_mask`
     flex_attention                the same, in one dtype                           `flex_forward`
     padding, static cache         transformers' mask for the backend in the config
     packed samples under sdpa     each sample by itself                            `sample_sdpa_forward`
@@ -174,7 +174,7 @@ def sample_lengths(position_ids: torch.Tensor) -> list[list[int]] | None:
     return [[end - start for start, end in itertools.pairwise(row)] for row in cuts]
 
 
-def own_attention(
+def choose_attention(
     module: nn.Module, query: torch.Tensor, mask: torch.Tensor | None, cache: Any, samples: list[list[int]] | None
 ) -> Callable[..., tuple[torch.Tensor, torch.Tensor | None]] | None:
     """A kernel of this file for one layer's call, `(module, query, key, value, mask, *, scaling, dropout, ...) -> (out,
@@ -193,7 +193,7 @@ def own_attention(
     return None
 
 
-def prompt_mask(
+def make_attention_mask(
     config: Any, x: torch.Tensor, attention_mask: Any, cache: Cache | None, position_ids: torch.Tensor | None
 ) -> Any:
     """The mask for the attention backend in `config`, or None where the causal kernel needs none.
@@ -221,9 +221,12 @@ def packed_samples(
     return sample_lengths(position_ids.expand(rows, -1))
 
 
-def last_queries(config: Any, mask: Any, keep: int | None, cache: Cache | None) -> tuple[Any, int | None]:
-    """The mask of the last `keep` queries and their number, where the backend lets us leave the other queries out."""
-    if keep is None or config._attn_implementation not in ("eager", "sdpa"):
+def last_queries(
+    config: Any, mask: Any, keep: int | None, cache: Cache | None, samples: list[list[int]] | None
+) -> tuple[Any, int | None]:
+    """The mask of the last `keep` queries and their number, or the whole mask and None where the others are needed too:
+    then all attend, and who wants few cuts the result."""
+    if keep is None or samples is not None or config._attn_implementation not in ("eager", "sdpa"):
         return mask, None
     if isinstance(mask, torch.Tensor):
         return (mask[:, :, -keep:], keep) if mask.dim() == 4 else (mask, None)

@@ -2,15 +2,22 @@
 
 1. No vision encoder. A 28 x 28 px patch is embedded linearly and is one token (`vision_mono_internvl.py`).
 2. Two feed-forward experts per layer: `visual_mlp` (FFN_v) for visual tokens, `mlp` (FFN_t) for all others
-   (paper 2410.08202, eq. 4). Routing is by the token, not by the phase, and every token passes through exactly one
-   (`experts_mono_internvl.py`: one by one, or both in a fused kernel).
-3. With `visual_attention_experts` (1.5, paper 2507.12566) visual tokens also have their own q/k/v (and o) projections.
-4. One `RoutingPlan` per forward, made from the positions of the visual tokens. Text-only calls and decoding have none:
-   then a layer is a plain dense layer and the visual experts are not even read.
-5. The last layer computes only the rows that `logits_to_keep` asks for.
-6. RoPE with a stateless, branch-free dynamic NTK: it never depends on an earlier call.
+   (paper 2410.08202, eq. 4). The token alone decides, in a first prompt as in a later turn on top of a cache, and every
+   token passes through exactly one (`experts_mono_internvl.py`: one by one, or both in a fused kernel).
+3. With `visual_attention_experts` (1.5, paper 2507.12566) visual tokens also have their own q/k/v ("qkv"), and their
+   own output projection ("qkvo"). None is version 1: attention is shared.
+4. One `RoutingPlan` per forward, made from the positions of the visual tokens among this call's tokens. Inference on
+   text alone, and so decoding, has none: then a layer is a plain dense layer and the visual experts are not even read.
+   While training, a batch without pictures has a plan without visual tokens, so that every parameter gets a gradient on
+   every rank, which DDP, FSDP and ZeRO wait for.
+5. A picture in a later turn is nothing special: its call brings only new tokens and new tiles. Keys and values of the
+   earlier ones, visual or not, lie in the cache, projected and rotated.
+6. `keep`: the last layer computes only the last `keep` positions (`logits_to_keep`), keys and values for all, unless
+   one of them is visual, hidden states are asked for, or the model trains.
+7. RoPE with a dynamic NTK that has no state: angles depend on this call's positions alone.
 
-Shapes: B batch, T current tokens, S all tokens incl. cache, N = B*T, V visual tokens, H hidden, D head_dim, P patches.
+Shapes: B batch, T current tokens, S all tokens incl. cache, N = B*T, H hidden, D head_dim; P patches of a tile, V
+visual tokens of all tiles (tiles * P), side of a tile in pixels, C width of the patch embedding.
 """
 
 from dataclasses import dataclass
@@ -29,7 +36,13 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS, PreTrainedModel
 from transformers.utils.generic import can_return_tuple, merge_with_config_defaults
 from transformers.utils.output_capturing import capture_outputs
 
-from .attention_mono_internvl import eager_attention_forward, last_queries, own_attention, packed_samples, prompt_mask
+from .attention_mono_internvl import (
+    choose_attention,
+    eager_attention_forward,
+    last_queries,
+    make_attention_mask,
+    packed_samples,
+)
 from .chat_mono_internvl import AnswerStreamer, MonoInternVLChatMixin
 from .compat_mono_internvl import (
     CACHE,
@@ -42,14 +55,14 @@ from .compat_mono_internvl import (
     update_cache,
 )
 from .configuration_mono_internvl import MonoInternVLConfig, MonoInternVLTextConfig
-from .experts_mono_internvl import combine, dispatch, routed_feed_forward, routed_linears
+from .experts_mono_internvl import routed_feed_forward, routed_linears
 from .generation_mono_internvl import MonoInternVLGenerationMixin
 from .image_processing_mono_internvl import patchify
 from .loading_mono_internvl import SavingMixin, StrictLoadingMixin, refuse_unknown
 from .output_head_mono_internvl import MonoInternVLOutputHead
 from .prompt_mono_internvl import place_images
 from .rope_mono_internvl import MonoInternVLRotaryEmbedding, rotate, signed
-from .training_mono_internvl import make_drop_path, next_token_loss, no_tiles, without_cache
+from .training_mono_internvl import make_drop_path, next_token_loss, refuse_cache, zero_tiles
 from .vision_mono_internvl import MonoInternVLMultiModalProjector, MonoInternVLVisionEmbeddings
 from .weight_mapping_mono_internvl import register_checkpoint_mapping
 
@@ -57,32 +70,28 @@ from .weight_mapping_mono_internvl import register_checkpoint_mapping
 register_checkpoint_mapping(MonoInternVLConfig.model_type)
 register_causal_lm(MonoInternVLConfig.model_type, "MonoInternVLForCausalLM")
 
+# Keywords, and fields of a configuration, that ask for what every layer computes.
+_RECORDED = ("output_hidden_states", "output_attentions")
+
 
 # --------------------------------------------------------------------------------------------------------- routing
 
 
 class RoutingPlan(NamedTuple):
-    """Which rows of a flattened [N, H] batch go to which expert; made once per forward, used by every layer.
+    """Which of the N tokens of a batch go to which expert; made once per forward, used by every layer.
 
     Attributes:
-        text: int64 [N - V], rows of all other tokens, ascending.
-        visual: int64 [V], rows of visual tokens, ascending.
+        text: int64 [N - V], indices of all other tokens in the flattened batch, ascending.
+        visual: int64 [V], indices of visual tokens, ascending.
     """
 
     text: torch.Tensor
     visual: torch.Tensor
 
-    def dispatch(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """[B, T, H] -> text rows [N - V, H] and visual rows [V, H]."""
-        return dispatch(x, self)
-
-    def combine(self, text: torch.Tensor, visual: torch.Tensor, batch_shape: torch.Size) -> torch.Tensor:
-        """The inverse of `dispatch`; every row of the result is written exactly once, in place."""
-        return combine(text, visual, self, batch_shape)
-
 
 def make_routing_plan(visual_token_mask: torch.Tensor, num_visual: int) -> RoutingPlan:
-    """bool [B, T] and its count, known on the host: no shape depends on data and the device is not waited for."""
+    """bool [B, T] and its count V, which the host knows: no shape depends on data, and nothing waits for the device."""
+    # False sorts before True: of the inverted mask the visual tokens come first, and a stable sort keeps their order.
     order = torch.argsort((~visual_token_mask).reshape(-1).to(torch.int8), stable=True)
     return RoutingPlan(text=order[num_visual:], visual=order[:num_visual])
 
@@ -92,7 +101,7 @@ def make_routing_plan(visual_token_mask: torch.Tensor, num_visual: int) -> Routi
 
 @use_kernel_forward_from_hub("RMSNorm")
 class MonoInternVLRMSNorm(nn.Module):
-    """RMSNorm in float32, cast back, then weighted; `from_pretrained(use_kernels=True)` may bring another kernel."""
+    """RMSNorm in float32, cast back, then weighted; `from_pretrained(use_kernels=True)` may replace its forward."""
 
     def __init__(self, hidden_size: int, eps: float):
         super().__init__()
@@ -124,24 +133,30 @@ class MonoInternVLAttention(nn.Module):
         self.k_proj = linear(config.hidden_size, kv_width)
         self.v_proj = linear(config.hidden_size, kv_width)
         self.o_proj = linear(width, config.hidden_size)
-        self.visual_qkv = config.visual_attention_experts in ("qkv", "qkvo")
-        self.visual_o = config.visual_attention_experts == "qkvo"
-        if self.visual_qkv:
+        self.has_visual_qkv = config.visual_attention_experts in ("qkv", "qkvo")
+        self.has_visual_o = config.visual_attention_experts == "qkvo"
+        if self.has_visual_qkv:
             self.visual_q_proj = linear(config.hidden_size, width)
             self.visual_k_proj = linear(config.hidden_size, kv_width)
             self.visual_v_proj = linear(config.hidden_size, kv_width)
-        if self.visual_o:
+        if self.has_visual_o:
             self.visual_o_proj = linear(width, config.hidden_size)
 
     def project(self, x: torch.Tensor, routing: RoutingPlan | None, queries: int | None) -> tuple[torch.Tensor, ...]:
-        """[B, T, H] -> q, k, v; `queries`: only the last so many rows get a query (they are text then)."""
-        if routing is None or not self.visual_qkv:
+        """[B, T, H] -> q, k, v [B, T, heads * D]; `queries`: only the last so many positions, all text, get a q."""
+        if routing is None or not self.has_visual_qkv:
             return self.q_proj(x if queries is None else x[:, -queries:]), self.k_proj(x), self.v_proj(x)
-        pairs = [(self.k_proj, self.visual_k_proj), (self.v_proj, self.visual_v_proj)]
+        pairs = [
+            (self.k_proj, self.visual_k_proj),
+            (self.v_proj, self.visual_v_proj),
+            (self.q_proj, self.visual_q_proj),
+        ]
         if queries is None:
-            pairs.append((self.q_proj, self.visual_q_proj))
-        k, v, *q = routed_linears(x, routing, pairs, self.config.expert_kernel)
-        return q[0] if q else self.q_proj(x[:, -queries:]), k, v  # type: ignore[operator]
+            k, v, q = routed_linears(x, routing, pairs, self.config.expert_kernel)
+        else:
+            k, v = routed_linears(x, routing, pairs[:2], self.config.expert_kernel)
+            q = self.q_proj(x[:, -queries:])
+        return q, k, v
 
     def forward(
         self,
@@ -150,27 +165,38 @@ class MonoInternVLAttention(nn.Module):
         attention_mask: torch.Tensor | None = None,
         cache: Any = None,
         routing: RoutingPlan | None = None,
-        queries: int | None = None,
+        keep: int | None = None,
         samples: list[list[int]] | None = None,
         **kwargs: Any,
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """[B, T, H] -> [B, T, H], or [B, keep, H]: the last `keep` positions; and the weights where a backend has them.
+
+        Args:
+            position_embeddings: cos and signed sin, [B, T, D].
+            samples: of packed rows, the lengths of each row's samples, instead of a mask.
+        """
+        attention_mask, queries = last_queries(self.config, attention_mask, keep, cache, samples)
         q, k, v = self.project(hidden_states, routing, queries)
-        q, k, v = (x.view(*x.shape[:2], -1, self.head_dim) for x in (q, k, v))
+        q, k, v = (x.view(*x.shape[:2], -1, self.head_dim) for x in (q, k, v))  # [B, T, heads, D]
         cos, sin = position_embeddings
+        k = rotate(k, cos, sin)
         q = rotate(q, cos, sin) if queries is None else rotate(q, cos[:, -queries:], sin[:, -queries:])
-        q, k, v = (x.transpose(1, 2) for x in (q, rotate(k, cos, sin), v))
+        q, k, v = (x.transpose(1, 2) for x in (q, k, v))
         if cache is not None:
+            # Continuous batching's cache reads `kwargs`, and may add to them.
             k, v = update_cache(cache, k, v, self.layer_idx, kwargs)
 
         dropout = self.attention_dropout if self.training else 0.0
-        # transformers reads this file for the next call before it lets anyone change the backend.
+        # transformers looks for the text of the next line in this file before it lets anyone change the backend.
         backend = ALL_ATTENTION_FUNCTIONS.get_interface(self.config._attn_implementation, eager_attention_forward)
-        attend = own_attention(self, q, attention_mask, cache, samples) or backend
+        attend = choose_attention(self, q, attention_mask, cache, samples) or backend
         if samples is not None:
             kwargs["samples"] = samples
         out, weights = attend(self, q, k, v, attention_mask, dropout=dropout, scaling=self.scaling, **kwargs)
         out = out.reshape(*out.shape[:2], -1).contiguous()
-        if routing is None or not self.visual_o or queries is not None:
+        if keep is not None:
+            out, routing = out[:, -keep:], None
+        if routing is None or not self.has_visual_o:
             return self.o_proj(out), weights
         (out,) = routed_linears(out, routing, [(self.o_proj, self.visual_o_proj)], self.config.expert_kernel)
         return out, weights
@@ -188,12 +214,14 @@ class MonoInternVLMLP(nn.Module):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         gate, up = self.act_fn(self.gate_proj(x)), self.up_proj(x)
+        # In place where no backward needs the gate.
         return self.down_proj(gate * up if torch.is_grad_enabled() else gate.mul_(up))
 
 
 class MonoInternVLDecoderLayer(GradientCheckpointingLayer):
     def __init__(self, config: MonoInternVLTextConfig, layer_idx: int):
         super().__init__()
+        self.config = config
         self.self_attn = MonoInternVLAttention(config, layer_idx)
         self.mlp = MonoInternVLMLP(config)
         self.visual_mlp = MonoInternVLMLP(config)
@@ -202,9 +230,10 @@ class MonoInternVLDecoderLayer(GradientCheckpointingLayer):
         self.drop_path = make_drop_path(config, layer_idx)
 
     def feed_forward(self, x: torch.Tensor, routing: RoutingPlan | None) -> torch.Tensor:
+        """[B, T, H] -> [B, T, H]: each token through its own expert."""
         if routing is None:
             return self.mlp(x)
-        return routed_feed_forward(x, routing, self.mlp, self.visual_mlp, self.self_attn.config.expert_kernel)
+        return routed_feed_forward(x, routing, self.mlp, self.visual_mlp, self.config.expert_kernel)
 
     def forward(
         self,
@@ -214,24 +243,20 @@ class MonoInternVLDecoderLayer(GradientCheckpointingLayer):
         cache: Any = None,
         routing: RoutingPlan | None = None,
         keep: int | None = None,
-        queries: int | None = None,
         **kwargs: Any,
     ) -> torch.Tensor:
-        """[B, T, H] -> [B, T, H], or [B, keep, H]: the last `keep` rows, which must be text when there is a plan.
-
-        `queries` (`keep` or None): whether attention too computes only those rows.
-        """
+        """[B, T, H] -> [B, T, H], or [B, keep, H]: the last `keep` positions, which must be text if there is a plan."""
         attended, _ = self.self_attn(
             self.input_layernorm(hidden_states),
             position_embeddings=position_embeddings,
             attention_mask=attention_mask,
             cache=cache,
             routing=routing,
-            queries=queries,
+            keep=keep,
             **kwargs,
         )
         if keep is not None:
-            hidden_states, attended, routing = hidden_states[:, -keep:], attended[:, -keep:], None
+            hidden_states, routing = hidden_states[:, -keep:], None
         hidden_states = hidden_states + self.drop_path(attended)
         return hidden_states + self.drop_path(self.feed_forward(self.post_attention_layernorm(hidden_states), routing))
 
@@ -273,10 +298,10 @@ class MonoInternVLPreTrainedModel(SavingMixin, PreTrainedModel):
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:
         super()._init_weights(module)
-        # Non-persistent buffers are left uninitialised by a load through the meta device, so they get their line here.
         if isinstance(module, MonoInternVLVisionEmbeddings):
             init.normal_(module.position_embedding, mean=0.0, std=module.config.initializer_range)
             init.zeros_(module.class_embedding)
+            # Buffers that no file holds are empty after a load through the meta device, so they are set here.
             init.copy_(module.pixel_mean, torch.tensor(module.config.image_mean, dtype=torch.float32))
             init.copy_(module.pixel_std, torch.tensor(module.config.image_std, dtype=torch.float32))
         elif isinstance(module, MonoInternVLRotaryEmbedding):
@@ -315,21 +340,23 @@ class MonoInternVLTextModel(MonoInternVLPreTrainedModel):
         cache: Any = None,
         **kwargs: Any,
     ) -> BaseModelOutputWithPast:
-        """`keep`: the last layer computes only the last so many rows of each sequence, which must be text."""
+        """As a core decoder's, with `routing`: the plan of these tokens, and `keep`: the last layer computes only the
+        last so many positions of each sequence, which must be text if there is a plan."""
         if (input_ids is None) == (inputs_embeds is None):
             raise ValueError("exactly one of input_ids and inputs_embeds must be given")
         if inputs_embeds is None:
             inputs_embeds = self.embed_tokens(input_ids)
         cache = one_cache(cache, past_key_values)
         if self.gradient_checkpointing and self.training and torch.is_grad_enabled():
-            without_cache(cache)
+            refuse_cache(cache)
             cache = None
         elif use_cache and cache is None:
             cache = DynamicCache(config=self.config)
+        # Only positions that the caller gave can say that samples are packed; ours, made below, count on.
         samples = packed_samples(self.config, inputs_embeds.shape[0], attention_mask, cache, position_ids)
         mask = None
         if samples is None:
-            mask = prompt_mask(self.config, inputs_embeds, attention_mask, cache, position_ids)
+            mask = make_attention_mask(self.config, inputs_embeds, attention_mask, cache, position_ids)
         if position_ids is None:
             past = 0 if cache is None else cache.get_seq_length()
             position_ids = torch.arange(inputs_embeds.shape[1], device=inputs_embeds.device).unsqueeze(0) + past
@@ -337,19 +364,16 @@ class MonoInternVLTextModel(MonoInternVLPreTrainedModel):
         cos, sin = self.rotary_emb(x, position_ids)
         position_embeddings = cos, signed(sin)
         if keep is not None and keep >= x.shape[1]:
-            keep = None
-        last_mask, queries = (mask, None) if samples is not None else last_queries(self.config, mask, keep, cache)
+            keep = None  # so in every step of decoding: one token in, one kept
         for index, layer in enumerate(self.layers, 1):
-            is_last = index == len(self.layers)
             x = layer(
                 x,
-                attention_mask=last_mask if is_last else mask,
+                attention_mask=mask,
                 position_embeddings=position_embeddings,
                 position_ids=position_ids,
                 cache=cache,
                 routing=routing,
-                keep=keep if is_last else None,
-                queries=queries if is_last else None,
+                keep=keep if index == len(self.layers) else None,
                 samples=samples,
                 **kwargs,
             )
@@ -377,7 +401,7 @@ class MonoInternVLModel(MonoInternVLPreTrainedModel):
         """Embed tiles.
 
         Args:
-            pixel_values: [tiles, P, 3*28*28] or [tiles, 3, S, S]; float (normalised) or uint8 (normalised here).
+            pixel_values: [tiles, P, 3*28*28] or [tiles, 3, side, side]; float (normalised) or uint8 (normalised here).
 
         Returns:
             `last_hidden_state` [tiles, P, 4 * C] before and `pooler_output` [tiles, P, H] after the projector.
@@ -386,7 +410,8 @@ class MonoInternVLModel(MonoInternVLPreTrainedModel):
             pixel_values = patchify(pixel_values)
         elif pixel_values.dim() != 3:
             raise ValueError(
-                f"pixel_values must be [tiles, patches, 3*28*28] or [tiles, 3, S, S], got {tuple(pixel_values.shape)}"
+                "pixel_values must be [tiles, patches, 3*28*28] or [tiles, 3, side, side], "
+                f"got {tuple(pixel_values.shape)}"
             )
         embedded = self.vision_embeddings(pixel_values)
         return BaseModelOutputWithPooling(
@@ -404,53 +429,59 @@ class MonoInternVLModel(MonoInternVLPreTrainedModel):
     def _image_outputs(
         self, pixel_values: torch.Tensor | None, mm_encoder_outputs: dict | None, device: torch.device
     ) -> BaseModelOutputWithPooling | None:
-        """The embedded tiles of this call, or None when it has no picture."""
+        """The embedded tiles of this call, or None when it has no picture; while training zero tiles, not None."""
         if mm_encoder_outputs and mm_encoder_outputs.get("image") is not None:
             return mm_encoder_outputs["image"]
         if pixel_values is None and self.training and torch.is_grad_enabled():
-            pixel_values = no_tiles(self.config.vision_config, device)
+            pixel_values = zero_tiles(self.config.vision_config, device)
         return None if pixel_values is None else self.get_image_features(pixel_values, return_dict=True)
 
     @staticmethod
-    def _rows(image_outputs: BaseModelOutputWithPooling | None) -> torch.Tensor | None:
+    def _visual_embeds(image_outputs: BaseModelOutputWithPooling | None) -> torch.Tensor | None:
         """Visual tokens of embedded tiles, [V, H]."""
         if image_outputs is None:
             return None
         pooled: Any = image_outputs.pooler_output
         tensors = [pooled] if isinstance(pooled, torch.Tensor) else list(pooled)
-        rows = [tensor.reshape(-1, tensor.shape[-1]) for tensor in tensors]
-        return rows[0] if len(rows) == 1 else torch.cat(rows)
+        flat = [tensor.reshape(-1, tensor.shape[-1]) for tensor in tensors]
+        return flat[0] if len(flat) == 1 else torch.cat(flat)
 
     def _route(
-        self, mask: torch.Tensor, rows: torch.Tensor | None, keep: int | None
+        self, visual_mask: torch.Tensor, visual_embeds: torch.Tensor | None, keep: int | None
     ) -> tuple[RoutingPlan | None, int | None]:
-        """The plan for this forward, and `keep` if the last layer may compute those rows alone: all of them are text.
+        """The plan for this forward, and `keep`, or None where one of the last `keep` positions is visual.
+
+        Args:
+            visual_mask: bool [B, T]. visual_embeds: [V, H], or None where `inputs_embeds` holds them already.
 
         Raises:
-            ValueError: as many visual tokens as placeholders are needed; names both counts.
+            ValueError: visual tokens and placeholders differ in number; both are named. Under compile: an assertion.
         """
-        if torch.compiler.is_compiling() or (mask.is_cuda and torch.cuda.is_current_stream_capturing()):
-            # Nothing can be looked at here; whether the kept rows are text is unknown, so the last layer does them all.
-            count = int(mask.sum()) if rows is None else rows.shape[0]
-            if rows is not None:
-                # The check that neither breaks the graph nor waits for the device; it cannot name the counts.
+        if torch.compiler.is_compiling() or (visual_mask.is_cuda and torch.cuda.is_current_stream_capturing()):
+            # A value that the host reads breaks a graph. So nobody knows what the kept positions are, and the last
+            # layer computes all; visual tokens are counted by the pictures, and read only where there are none.
+            count = int(visual_mask.sum()) if visual_embeds is None else visual_embeds.shape[0]
+            if visual_embeds is not None:
+                # Checked on the device, which cannot name the counts.
                 torch._assert_async(
-                    mask.sum() == count,
+                    visual_mask.sum() == count,
                     f"image placeholders (id {self.config.image_token_id}) and visual tokens differ in number",
                 )
-            return make_routing_plan(mask, count), None
-        # The one read of a forward: when a prompt begins, the device has nothing queued that it would wait for.
-        placeholders, kept = torch.stack([mask.sum(), mask[:, -(keep or 0) :].sum()]).tolist()
-        if rows is not None and rows.shape[0] != placeholders:
+            return make_routing_plan(visual_mask, count), None
+        # The only read of a forward, in which the host waits for the device: so early that little is queued there.
+        kept = visual_mask[:, -keep:] if keep else visual_mask
+        placeholders, visual_kept = torch.stack([visual_mask.sum(), kept.sum()]).tolist()
+        if visual_embeds is not None and visual_embeds.shape[0] != placeholders:
             raise ValueError(
-                f"the pictures give {rows.shape[0]} visual tokens but the input has {placeholders} image placeholders "
-                f"(id {self.config.image_token_id}); they must match (who cuts a batch by rows has to cut its tiles "
-                "with them, which TRL's GRPO and RLOO do only for max_tiles=1)"
+                f"the pictures give {visual_embeds.shape[0]} visual tokens but the input has {placeholders} image "
+                f"placeholders (id {self.config.image_token_id}); they must match (who splits a batch has to split its "
+                "tiles with it, which TRL's GRPO and RLOO do only for max_tiles=1)"
             )
-        keep = keep if kept == 0 else None
-        if placeholders == 0 and not (self.training and rows is not None):
+        keep = keep if visual_kept == 0 else None
+        # While training a plan without visual tokens, see `_image_outputs`.
+        if placeholders == 0 and not (self.training and visual_embeds is not None):
             return None, keep
-        return make_routing_plan(mask, placeholders), keep
+        return make_routing_plan(visual_mask, placeholders), keep
 
     @checked_keywords
     @can_return_tuple
@@ -470,31 +501,36 @@ class MonoInternVLModel(MonoInternVLPreTrainedModel):
         cache: Any = None,
         **kwargs: Any,
     ) -> MonoInternVLModelOutputWithPast:
-        """See `MonoInternVLForCausalLM.forward`. `mm_token_type_ids` is accepted because processors and engines pass
-        it; routing needs only the placeholders."""
+        """See `MonoInternVLForCausalLM.forward`.
+
+        Args:
+            keep: the last layer may compute only the last so many positions; None: all.
+            mm_token_type_ids: accepted because processors and engines pass it; routing needs only the placeholders.
+        """
         if (input_ids is None) == (inputs_embeds is None):
             raise ValueError("exactly one of input_ids and inputs_embeds must be given")
         device = (input_ids if inputs_embeds is None else inputs_embeds).device  # type: ignore[union-attr]
         image_outputs = self._image_outputs(pixel_values, mm_encoder_outputs, device)
-        rows = self._rows(image_outputs)
-        mask = visual_token_mask
-        if mask is None and rows is not None:
-            mask = self.get_placeholder_mask(input_ids, inputs_embeds)
+        visual_embeds = self._visual_embeds(image_outputs)
+        visual_mask = visual_token_mask
+        if visual_mask is None and visual_embeds is not None:
+            visual_mask = self.get_placeholder_mask(input_ids, inputs_embeds)
         if inputs_embeds is None:
             inputs_embeds = self.get_input_embeddings()(input_ids)
 
         routing = None
-        if mask is not None:
-            if mask.shape != inputs_embeds.shape[:2]:
+        if visual_mask is not None:
+            if visual_mask.shape != inputs_embeds.shape[:2]:
                 raise ValueError(
                     f"visual_token_mask must be [B, T] = {tuple(inputs_embeds.shape[:2])} of the current input, "
-                    f"got {tuple(mask.shape)}"
+                    f"got {tuple(visual_mask.shape)}"
                 )
-            mask = mask.to(device=inputs_embeds.device, dtype=torch.bool)
-            routing, keep = self._route(mask, rows, keep)
-        if routing is not None and rows is not None:
+            visual_mask = visual_mask.to(device=inputs_embeds.device, dtype=torch.bool)
+            routing, keep = self._route(visual_mask, visual_embeds, keep)
+        if routing is not None and visual_embeds is not None:
+            # Visual tokens take the places of their placeholders.
             flat = inputs_embeds.reshape(-1, inputs_embeds.shape[-1])
-            flat = flat.index_copy(0, routing.visual, rows.to(flat.device, flat.dtype))
+            flat = flat.index_copy(0, routing.visual, visual_embeds.to(flat.device, flat.dtype))
             inputs_embeds = flat.view_as(inputs_embeds)
 
         outputs = self.language_model(
@@ -512,7 +548,7 @@ class MonoInternVLModel(MonoInternVLPreTrainedModel):
             last_hidden_state=outputs.last_hidden_state,
             hidden_states=outputs.hidden_states,
             attentions=outputs.attentions,
-            image_hidden_states=rows,
+            image_hidden_states=visual_embeds,
             image_outputs=image_outputs,
             **{CACHE: cache_of(outputs)},
         )
@@ -525,7 +561,7 @@ class MonoInternVLForCausalLM(
 
     _tied_weights_keys = {"lm_head.weight": "model.language_model.embed_tokens.weight"}
     _tp_plan = {"lm_head": "colwise_gather_output"}
-    # The way in and the way out keep their precision when weights are quantised: few weights, for every token's sake.
+    # Not quantised: few weights, through which every visual token comes in and every token goes out.
     _unquantized_modules = ["model.vision_embeddings", "model.multi_modal_projector", "lm_head"]
 
     def __init__(self, config: MonoInternVLConfig, **unknown: Any):
@@ -536,7 +572,7 @@ class MonoInternVLForCausalLM(
         self.post_init()
 
     def set_output_embeddings(self, new_embeddings: nn.Module) -> None:
-        # Resizing the vocabulary makes a plain layer.
+        # transformers replaces the head by a plain layer when the vocabulary is resized.
         self.lm_head = MonoInternVLOutputHead.of(new_embeddings)
 
     @checked_keywords
@@ -569,23 +605,28 @@ class MonoInternVLForCausalLM(
             input_ids: int64 [B, T]; one `config.image_token_id` for each visual token.
             attention_mask: [B, S], 0 at padding.
             position_ids: int64 [B, T]; default counts from the cache's length.
-            pixel_values: [tiles, P, 3*28*28] or [tiles, 3, S, S] of all rows, in order; zero tiles are allowed; float
+            past_key_values, cache: two names of the cache, of older and of newer transformers; either is taken.
+            pixel_values: [tiles, P, 3*28*28] or [tiles, 3, side, side] of the whole batch, in the order of the
+                placeholders in `input_ids`; not those of pictures that lie in the cache. Zero tiles are allowed; float
                 normalised, or uint8, normalised here.
-            labels: int64 [B, T], -100 is ignored, and so are placeholders: nothing is to be learnt about where a
-                visual token comes. Shifted here; `shift_labels` are taken as they are.
+            labels: int64 [B, T], -100 is ignored, and so are placeholders: no position learns to predict a visual
+                token. Shifted here; `shift_labels` are taken as they are.
             visual_token_mask: bool [B, T] of the current input: which tokens go to the visual experts. Derived from
-                the placeholders when pixels are given; needed only with `inputs_embeds`.
+                the placeholders when pixels are given; needed only if `inputs_embeds` holds visual tokens already.
             mm_encoder_outputs: `{"image": get_image_features(...)}`, instead of `pixel_values`.
             logits_to_keep: the last so many positions (0: all), or their indices.
 
         Raises:
-            ValueError: visual tokens and placeholders differ in number; both counts are named.
+            ValueError: visual tokens and placeholders differ in number; both counts are named. Not checked where there
+                is neither a picture nor a mask: the placeholders of such a call are text.
         """
-        recorded = any(
-            kwargs.get(name, getattr(self.config, name, False))
-            for name in ("output_hidden_states", "output_attentions")
-        )
-        keep = logits_to_keep if isinstance(logits_to_keep, int) and logits_to_keep > 0 and not recorded else None
+        for name in _RECORDED:
+            # The decoder, which records them, sees only its own part of the configuration.
+            if kwargs.get(name) is None:
+                kwargs[name] = getattr(self.config, name, False) or getattr(self.config.text_config, name, False)
+        # What is recorded has all positions; and a visual expert that trains needs its place in the graph.
+        whole = (self.training and torch.is_grad_enabled()) or any(map(kwargs.get, _RECORDED))
+        keep = logits_to_keep if isinstance(logits_to_keep, int) and logits_to_keep > 0 and not whole else None
         outputs = self.model(
             input_ids=input_ids,
             attention_mask=attention_mask,
@@ -625,6 +666,7 @@ class MonoInternVLForCausalLM(
 
 MonoInternVLForCausalLM.register_for_auto_class("AutoModel")
 
+# The first three belong to other files; whoever imports the model finds them here too.
 __all__ = [
     "AnswerStreamer",
     "cpu_has_bfloat16_units",

@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch.nn import functional as F
 
-from ..experts_mono_internvl import kernel_refusal, routed_feed_forward, routed_linears
+from ..experts_mono_internvl import combine, dispatch, kernel_refusal, routed_feed_forward, routed_linears
 from ..modeling_mono_internvl import MonoInternVLDecoderLayer, RoutingPlan, make_routing_plan
 from .measure import Place, captured, interleave, recorded, row
 from .peers import PAPER_SIZES, BothExpertsLayer, preset_config
@@ -48,7 +48,7 @@ def ways(layer: MonoInternVLDecoderLayer, x: torch.Tensor, plan: RoutingPlan) ->
         "plain": lambda: routed_feed_forward(x, plan, layer.mlp, layer.visual_mlp, "plain"),
         "both": lambda: BothExpertsLayer.feed_forward(layer, x, plan),  # type: ignore[arg-type]
         "joined": partial(_gate_up_joined, _joined(layer), x, plan),
-        "permuting": lambda: plan.combine(*plan.dispatch(x), x.shape[:2]),
+        "permuting": lambda: combine(*dispatch(x, plan), plan, x.shape[:2]),
     }
     if kernel_refusal(x, plan, layer.mlp, layer.visual_mlp) is None:
         functions["kernel"] = lambda: routed_feed_forward(x, plan, layer.mlp, layer.visual_mlp, "fused")
@@ -86,19 +86,19 @@ def _gate_up_joined(weights: tuple[torch.Tensor, torch.Tensor], x: torch.Tensor,
         gate, up = F.linear(rows, weights[0][i]).chunk(2, dim=-1)
         return F.linear(F.silu(gate) * up, weights[1][i])
 
-    text, visual = plan.dispatch(x)
-    return plan.combine(expert(text, 0), expert(visual, 1), x.shape[:2])
+    text, visual = dispatch(x, plan)
+    return combine(expert(text, 0), expert(visual, 1), plan, x.shape[:2])
 
 
 def _streams(layer: Any, x: torch.Tensor, plan: RoutingPlan, side: torch.cuda.Stream) -> torch.Tensor:
-    text, visual = plan.dispatch(x)
+    text, visual = dispatch(x, plan)
     main = torch.cuda.current_stream()
     side.wait_stream(main)
     with torch.cuda.stream(side):
         text = layer.mlp(text)
     visual = layer.visual_mlp(visual)
     main.wait_stream(side)
-    return plan.combine(text, visual, x.shape[:2])
+    return combine(text, visual, plan, x.shape[:2])
 
 
 def _grouped(

@@ -5,6 +5,7 @@ import torch
 
 from conftest import IMAGE, MASK, ROWS, tiles, tiny_config, tiny_model
 from mono_internvl import MonoInternVLForCausalLM
+from mono_internvl.experts_mono_internvl import combine, dispatch
 from mono_internvl.modeling_mono_internvl import make_routing_plan
 
 
@@ -113,7 +114,7 @@ def test_a_plan_is_a_permutation():
     assert sorted([*plan.text.tolist(), *plan.visual.tolist()]) == list(range(150))
     assert mask.flatten()[plan.visual].all() and not mask.flatten()[plan.text].any()
     x = torch.randn(3, 50, 8)
-    assert torch.equal(plan.combine(*plan.dispatch(x), x.shape[:2]), x)
+    assert torch.equal(combine(*dispatch(x, plan), plan, x.shape[:2]), x)
 
 
 @pytest.mark.parametrize("backend", ["eager", "sdpa"])
@@ -198,3 +199,30 @@ def test_bfloat16_and_an_all_visual_forward_are_finite():
         assert model(ROWS, attention_mask=MASK, pixel_values=tiles()).logits.isfinite().all()
         only = torch.full((1, 8), IMAGE)
         assert model(only, pixel_values=tiles()).logits.isfinite().all()
+
+
+@pytest.mark.parametrize("with_picture", [True, False])
+def test_kept_logits_train_every_parameter(with_picture):
+    """What reinforcement learning asks for: without a part of the last visual expert in the graph DDP would wait."""
+    model = tiny_model(visual_attention_experts="qkvo").train()
+    ids, pixels = (ROWS[:1], tiles()) if with_picture else (ROWS[1:, 3:], None)
+    logits = model(ids, pixel_values=pixels, logits_to_keep=2).logits
+    logits.sum().backward()
+    assert logits.shape[1] == 2
+    assert [name for name, parameter in model.named_parameters() if parameter.grad is None] == []
+
+
+@pytest.mark.parametrize("part", ["whole", "text"])
+@pytest.mark.parametrize("name", ["output_hidden_states", "output_attentions"])
+def test_what_a_configuration_records_is_recorded_at_all_positions(part, name):
+    model = tiny_model(attn_implementation="eager")
+    setattr(model.config if part == "whole" else model.config.text_config, name, True)
+    with torch.no_grad():
+        recorded = model(ROWS[:1], pixel_values=tiles(), logits_to_keep=1)
+        asked = tiny_model(attn_implementation="eager")(ROWS[:1], pixel_values=tiles(), **{name: True})
+    key = name.removeprefix("output_")
+    assert len(getattr(recorded, key)) == len(getattr(asked, key)) > 0
+    for one, other in zip(getattr(recorded, key), getattr(asked, key), strict=True):
+        torch.testing.assert_close(one, other)
+    with torch.no_grad():
+        assert getattr(model(ROWS[:1], pixel_values=tiles(), **{name: False}), key) is None
