@@ -530,8 +530,7 @@ class MonoInternVLModel(MonoInternVLPreTrainedModel):
         if routing is not None and visual_embeds is not None:
             # Visual tokens take the places of their placeholders.
             flat = inputs_embeds.reshape(-1, inputs_embeds.shape[-1])
-            flat = flat.index_copy(0, routing.visual, visual_embeds.to(flat.device, flat.dtype))
-            inputs_embeds = flat.view_as(inputs_embeds)
+            inputs_embeds = flat.index_copy(0, routing.visual, visual_embeds.to(flat)).view_as(inputs_embeds)
 
         outputs = self.language_model(
             attention_mask=attention_mask,
@@ -645,14 +644,8 @@ class MonoInternVLForCausalLM(
         logits = self.lm_head(outputs.last_hidden_state[:, kept])
         loss = None
         if labels is not None or kwargs.get("shift_labels") is not None:
-            loss = next_token_loss(
-                self.loss_function,
-                logits,
-                labels,
-                placeholder=self.config.image_token_id,
-                vocab_size=self.config.text_config.vocab_size,
-                **kwargs,
-            )
+            placeholder = self.config.image_token_id
+            loss = next_token_loss(self.loss_function, logits, labels, placeholder=placeholder, **kwargs)
         return MonoInternVLCausalLMOutputWithPast(
             loss=loss,
             logits=logits,

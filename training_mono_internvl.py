@@ -16,7 +16,6 @@ def next_token_loss(
     labels: torch.Tensor | None,
     *,
     placeholder: int,
-    vocab_size: int,
     num_items_in_batch: torch.Tensor | int | None = None,
     shift_labels: torch.Tensor | None = None,
     ignore_index: int = -100,
@@ -54,7 +53,7 @@ def next_token_loss(
     return loss_function(
         logits=logits,
         labels=labels,
-        vocab_size=vocab_size,
+        vocab_size=logits.shape[-1],
         num_items_in_batch=num_items_in_batch,
         shift_labels=shift_labels,
         ignore_index=ignore_index,
