@@ -20,7 +20,7 @@ from transformers.generation.configuration_utils import GenerationConfig
 from transformers.generation.utils import GenerationMixin
 from transformers.utils import logging
 
-from .compat_mono_internvl import check_keywords, cpu_has_bfloat16_units
+from .compat_mono_internvl import IN_FLOAT16, check_keywords, cpu_has_bfloat16_units
 from .conversation_mono_internvl import History, conversation, grown_history
 from .image_processing_mono_internvl import flatten_pictures
 from .streaming_mono_internvl import AnswerStreamer, check_streamer, ended_on_failure
@@ -177,14 +177,10 @@ class MonoInternVLChatMixin:
     def _check_dtype(self) -> None:
         dtype, device = self.dtype, self.device  # type: ignore[attr-defined]
         if dtype == torch.float16:
-            raise ValueError(
-                "chat does not run in float16, in which activations overflow to NaN: use bfloat16 or float32"
-            )
+            raise ValueError(f"chat does not run {IN_FLOAT16}: use bfloat16 or float32")
         casts = torch.amp.is_autocast_available(device.type) and torch.is_autocast_enabled(device.type)
         if casts and torch.get_autocast_dtype(device.type) == torch.float16:
-            raise ValueError(
-                "chat does not run under autocast to float16, in which activations overflow to NaN: use bfloat16"
-            )
+            raise ValueError(f"chat does not run under autocast {IN_FLOAT16}: use bfloat16")
         if device.type == "cpu" and dtype == torch.bfloat16 and not cpu_has_bfloat16_units():
             logger.warning_once(
                 "this CPU has no bfloat16 matrix units, and chat is about four times faster here in float32: load the "

@@ -6,6 +6,7 @@ causal_mask           `create_causal_mask` with the cache under the name that is
 update_cache          writing keys and values, also into the paged cache of continuous batching
 check_keywords, checked_keywords
                       an unknown keyword is an error that names the nearest known one, never swallowed
+IN_FLOAT16            why float16 is refused
 cpu_has_bfloat16_units
                       what only private names of torch say about this CPU
 """
@@ -31,6 +32,8 @@ from transformers.utils.generic import TransformersKwargs
 logger = logging.get_logger(__name__)
 
 NEWEST_TESTED = "5.24.0"
+# What every refusal and warning of float16 says.
+IN_FLOAT16 = "in float16, in which this model's activations overflow to NaN"
 
 _FIELDS = {field.name for field in dataclasses.fields(BaseModelOutputWithPast)}
 CACHE = "cache" if "cache" in _FIELDS else "past_key_values"

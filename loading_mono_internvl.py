@@ -21,7 +21,7 @@ from transformers.quantizers.auto import AutoQuantizationConfig
 from transformers.utils import is_peft_available, logging
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
-from .compat_mono_internvl import check_keywords
+from .compat_mono_internvl import IN_FLOAT16, check_keywords
 from .configuration_mono_internvl import MonoInternVLTextConfig
 from .tiling_mono_internvl import TILE_OPTIONS
 from .weight_mapping_mono_internvl import checkpoint_mapping
@@ -125,9 +125,7 @@ class StrictLoadingMixin:
         if adapter is not None:
             model._loaded_from.insert(0, (str(adapter), place if base == pretrained_model_name_or_path else {}))
         if model.dtype == torch.float16:
-            logger.warning(
-                "Mono-InternVL was loaded in float16, in which its activations overflow to NaN; use bfloat16 or float32"
-            )
+            logger.warning(f"Mono-InternVL was loaded {IN_FLOAT16}; use bfloat16 or float32")
         return (model, info) if wants_info else model
 
 

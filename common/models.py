@@ -14,7 +14,7 @@ from pathlib import Path
 import torch
 from safetensors import SafetensorError, safe_open
 
-from ..compat_mono_internvl import cpu_has_bfloat16_units
+from ..compat_mono_internvl import IN_FLOAT16, cpu_has_bfloat16_units
 from ..configuration_mono_internvl import MonoInternVLConfig
 from ..loading_mono_internvl import adapter_base, list_gaps, put_adapter
 from ..modeling_mono_internvl import MonoInternVLForCausalLM
@@ -165,7 +165,7 @@ def check_dtype(dtype: str) -> None:
         ValueError: float16, or not one of `DTYPES`.
     """
     if dtype in FLOAT16:
-        raise ValueError(f"dtype {dtype} is refused: activations overflow to NaN in it; use bfloat16 or float32")
+        raise ValueError(f"dtype {dtype} is refused: the model would run {IN_FLOAT16}; use bfloat16 or float32")
     if dtype not in DTYPES:
         raise ValueError(f"dtype {dtype!r} is not one of {', '.join(DTYPES)}")
 

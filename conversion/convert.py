@@ -11,6 +11,7 @@ from typing import Any
 import torch
 
 from ..common.files import read_json
+from ..compat_mono_internvl import IN_FLOAT16
 from ..configuration_mono_internvl import MonoInternVLConfig
 from ..image_processing_mono_internvl import MonoInternVLImageProcessor
 from ..processing_mono_internvl import MonoInternVLProcessor
@@ -96,11 +97,11 @@ def convert_checkpoint(
         config.dtype = given.tensors[layout_name(EMBEDDING, layout)].dtype
         if halves := [name for name, info in given.tensors.items() if info.dtype == torch.float16]:
             logger.warning(
-                "%d of %d tensors of %s are float16, in which this model's activations overflow to NaN; they stay so: "
-                "load the result with dtype bfloat16 or float32",
+                "%d of %d tensors of %s are %s; they stay so: load the result with dtype bfloat16 or float32",
                 len(halves),
                 len(given.tensors),
                 folder,
+                IN_FLOAT16,
             )
 
         def write_files(target: Path) -> None:

@@ -19,6 +19,7 @@ import torch
 
 from ..common.files import read_json
 from ..common.models import DTYPES, check_dtype
+from ..compat_mono_internvl import IN_FLOAT16
 from ..configuration_mono_internvl import VISUAL_ATTENTION_EXPERTS, MonoInternVLConfig
 from .files import (
     Extended,
@@ -228,10 +229,7 @@ def _expanded_config(
         embedding = dense.tensors.get(layout_name(EMBEDDING, layout))
         dtype = embedding.dtype if embedding else torch.float32
     if dtype == torch.float16:
-        raise ValueError(
-            f"{dense.folder} is in float16, in which Mono-InternVL's activations overflow to NaN; "
-            "pass dtype bfloat16, or float32, which keeps every bit"
-        )
+        raise ValueError(f"{dense.folder} is {IN_FLOAT16}; pass dtype bfloat16, or float32, which keeps every bit")
     try:
         return MonoInternVLConfig(
             llm_config=values,  # type: ignore[call-arg]

@@ -1388,7 +1388,7 @@ def test_boxes_of_long_nonsense_are_fast(nano):
     assert time.process_time() - start < 5
 
 
-# ---- engines
+# ---- engines: transformers and vLLM call `_get_num_multimodal_tokens` by this name, which has no public one
 
 
 def test_number_of_multimodal_tokens(nano):

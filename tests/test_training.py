@@ -394,7 +394,7 @@ def test_a_size_that_no_header_tells_is_that_of_the_picture(tmp_path, monkeypatc
         picture_sizes(messages)
 
 
-def both_ways(folder, processor, data, weighting):
+def both_ways(processor, data, weighting):
     """The same eight samples in two packs and padded."""
     conversations = Conversations(open_sources([data / "train.jsonl"]), processor, max_tiles=4, max_length=400)
     examples = [conversations[Key(0, index)][1] for index in range(8)]
@@ -411,7 +411,7 @@ def loss_of(model, batch):
 @pytest.mark.parametrize("weighting", ["token", "sample", "square"])
 def test_packed_loss_and_gradients_equal_unpacked(folder, processor, data, attention, weighting):
     results = []
-    for batch in both_ways(folder, processor, data, weighting):
+    for batch in both_ways(processor, data, weighting):
         model = MonoInternVLForCausalLM.from_pretrained(folder, attn_implementation=attention).train()
         loss = loss_of(model, batch)
         loss.backward()
@@ -424,7 +424,7 @@ def test_packed_loss_and_gradients_equal_unpacked(folder, processor, data, atten
 
 def test_flex_packs_have_the_loss_of_unpacked_samples(folder, processor, data):
     """Flex has no backward on a CPU."""
-    packed, padded = both_ways(folder, processor, data, "token")
+    packed, padded = both_ways(processor, data, "token")
     flex = MonoInternVLForCausalLM.from_pretrained(folder, attn_implementation="flex_attention").eval()
     plain = MonoInternVLForCausalLM.from_pretrained(folder).eval()
     with torch.no_grad():
@@ -472,7 +472,7 @@ def test_logits_are_made_where_something_is_learnt(tmp_path, folder, processor, 
     """And the loss, sum and mean, is that of all logits."""
     assert learnt_places(torch.tensor([[-100, -100, 4, -100], [-100, -100, 4, 5]])).tolist() == [1, 2]
     assert learnt_places(torch.full((1, 4), -100)).tolist() == [0]
-    for batch in both_ways(folder, processor, data, "square"):
+    for batch in both_ways(processor, data, "square"):
         model = MonoInternVLForCausalLM.from_pretrained(folder)
         seen: list[int] = []
         model.lm_head.register_forward_hook(lambda module, inputs, logits, seen=seen: seen.append(logits.shape[1]))
