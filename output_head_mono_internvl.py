@@ -1,5 +1,7 @@
 """The output head: hidden states -> logits, fast for a vocabulary of an odd size."""
 
+import copy
+
 import torch
 from torch import nn
 from torch.nn import functional as F
@@ -26,12 +28,13 @@ class MonoInternVLOutputHead(nn.Linear):
 
     @classmethod
     def of(cls, linear: nn.Module) -> nn.Module:
-        """The same weight in a head of this class; what is no plain `nn.Linear`, or has a bias, as it is."""
+        """A head of this class that has all that a plain `nn.Linear` has: weight, hooks, and marks such as transformers'
+        that it is initialised. What is no plain one, or has a bias, is returned as it is."""
         if type(linear) is not nn.Linear or linear.bias is not None:
             return linear
-        head = cls(linear.in_features, linear.out_features, device="meta")
-        head.weight = linear.weight
-        return head.train(linear.training)
+        head = cls.__new__(cls)
+        head.__dict__.update({k: copy.copy(v) if isinstance(v, dict) else v for k, v in vars(linear).items()})
+        return head
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """[..., H] -> [..., vocabulary]."""

@@ -162,3 +162,23 @@ def test_on_a_gpu(dtype, rows):
         (head(x) * weight).sum().backward()
         exact = weight.double().T @ x.double()
         assert (head.weight.grad.double() - exact).norm() / exact.norm() < (1e-2 if dtype == torch.bfloat16 else 1e-5)
+
+
+def test_a_head_made_of_a_plain_layer_keeps_all_that_it_had():
+    linear = nn.Linear(24, 121, bias=False).eval()
+    linear._is_hf_initialized = True
+    seen = []
+    linear.register_forward_hook(lambda module, args, out: seen.append(type(module)))
+    head = MonoInternVLOutputHead.of(linear)
+    assert head.weight is linear.weight and not head.training and head._is_hf_initialized
+    assert torch.equal(head(torch.ones(2, 24)), nn.functional.linear(torch.ones(2, 24), linear.weight))
+    assert seen == [MonoInternVLOutputHead] and head._parameters is not linear._parameters
+
+
+def test_a_vocabulary_that_was_resized_is_not_drawn_anew():
+    model = tiny_model()
+    model.resize_token_embeddings(126, mean_resizing=False)
+    before = model.lm_head.weight.detach().clone()
+    assert isinstance(model.lm_head, MonoInternVLOutputHead)
+    model.post_init()
+    assert torch.equal(model.lm_head.weight, before)
