@@ -28,8 +28,8 @@ class MonoInternVLOutputHead(nn.Linear):
 
     @classmethod
     def of(cls, linear: nn.Module) -> nn.Module:
-        """A head of this class that has all that a plain `nn.Linear` has: weight, hooks, and marks such as transformers'
-        that it is initialised. What is no plain one, or has a bias, is returned as it is."""
+        """A head of this class with all that a plain `nn.Linear` has: its weight, hooks, and marks such as the one that
+        says to transformers that it is initialised. What is no plain one, or has a bias, is returned as it is."""
         if type(linear) is not nn.Linear or linear.bias is not None:
             return linear
         head = cls.__new__(cls)
