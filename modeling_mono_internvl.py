@@ -10,14 +10,17 @@
    text alone, and so decoding, has none: then a layer is a plain dense layer and the visual experts are not even read.
    While training, a batch without pictures has a plan without visual tokens, so that every parameter gets a gradient on
    every rank, which DDP, FSDP and ZeRO wait for.
-5. A picture in a later turn is nothing special: its call brings only new tokens and new tiles. Keys and values of the
-   earlier ones, visual or not, lie in the cache, projected and rotated.
+5. A picture in a later turn is nothing special: whoever has a cache gives only new tokens and new tiles. Keys and
+   values of the earlier ones, visual or not, lie in the cache, projected and rotated.
 6. `keep`: the last layer computes only the last `keep` positions (`logits_to_keep`), keys and values for all, unless
-   one of them is visual, hidden states are asked for, or the model trains.
-7. RoPE with a dynamic NTK that has no state: angles depend on this call's positions alone.
+   one of them is visual (or, in a compiled call with pictures, may be), hidden states or attentions are recorded, or
+   the model trains.
+7. RoPE with a dynamic NTK that has no state: angles depend on this call's positions alone, and keys in the cache keep
+   those that they were rotated with.
 
-Shapes: B batch, T current tokens, S all tokens incl. cache, N = B*T, H hidden, D head_dim; P patches of a tile, V
-visual tokens of all tiles (tiles * P), side of a tile in pixels, C width of the patch embedding.
+Shapes: B batch, T current tokens, S all tokens incl. cache, N = B*T, H hidden, D head_dim. A picture comes as square
+tiles of `side` pixels (`image_processing_mono_internvl.py` cuts it): P patches of a tile, V visual tokens of all tiles
+(tiles * P), C width of a 14-px quarter of a patch, four of which are joined.
 """
 
 from dataclasses import dataclass
@@ -62,7 +65,7 @@ from .loading_mono_internvl import SavingMixin, StrictLoadingMixin, refuse_unkno
 from .output_head_mono_internvl import MonoInternVLOutputHead
 from .prompt_mono_internvl import place_images
 from .rope_mono_internvl import MonoInternVLRotaryEmbedding, rotate, signed
-from .training_mono_internvl import make_drop_path, next_token_loss, refuse_cache, zero_tiles
+from .training_mono_internvl import empty_tiles, make_drop_path, next_token_loss, refuse_cache
 from .vision_mono_internvl import MonoInternVLMultiModalProjector, MonoInternVLVisionEmbeddings
 from .weight_mapping_mono_internvl import register_checkpoint_mapping
 
@@ -90,7 +93,7 @@ class RoutingPlan(NamedTuple):
 
 
 def make_routing_plan(visual_token_mask: torch.Tensor, num_visual: int) -> RoutingPlan:
-    """bool [B, T] and its count V, which the host knows: no shape depends on data, and nothing waits for the device."""
+    """bool [B, T] and its count V, which the host knows: no shape here depends on data."""
     # False sorts before True: of the inverted mask the visual tokens come first, and a stable sort keeps their order.
     order = torch.argsort((~visual_token_mask).reshape(-1).to(torch.int8), stable=True)
     return RoutingPlan(text=order[num_visual:], visual=order[:num_visual])
@@ -172,9 +175,10 @@ class MonoInternVLAttention(nn.Module):
         """[B, T, H] -> [B, T, H], or [B, keep, H]: the last `keep` positions; and the weights where a backend has them.
 
         Args:
-            position_embeddings: cos and signed sin, [B, T, D].
+            position_embeddings: cos, and sin with its first half negated, as `rotate` takes it; [B, T, D].
             samples: of packed rows, the lengths of each row's samples, instead of a mask.
         """
+        # `keep`, or None where the backend wants all queries: then the result is cut below.
         attention_mask, queries = last_queries(self.config, attention_mask, keep, cache, samples)
         q, k, v = self.project(hidden_states, routing, queries)
         q, k, v = (x.view(*x.shape[:2], -1, self.head_dim) for x in (q, k, v))  # [B, T, heads, D]
@@ -189,6 +193,7 @@ class MonoInternVLAttention(nn.Module):
         dropout = self.attention_dropout if self.training else 0.0
         # transformers looks for the text of the next line in this file before it lets anyone change the backend.
         backend = ALL_ATTENTION_FUNCTIONS.get_interface(self.config._attn_implementation, eager_attention_forward)
+        # A kernel of ours for packed samples and for one query against a masked cache, or None.
         attend = choose_attention(self, q, attention_mask, cache, samples) or backend
         if samples is not None:
             kwargs["samples"] = samples
@@ -352,7 +357,8 @@ class MonoInternVLTextModel(MonoInternVLPreTrainedModel):
             cache = None
         elif use_cache and cache is None:
             cache = DynamicCache(config=self.config)
-        # Only positions that the caller gave can say that samples are packed; ours, made below, count on.
+        # Samples packed into one row show only in positions that the caller gives, which begin anew; the default, made
+        # below, never does.
         samples = packed_samples(self.config, inputs_embeds.shape[0], attention_mask, cache, position_ids)
         mask = None
         if samples is None:
@@ -427,13 +433,18 @@ class MonoInternVLModel(MonoInternVLPreTrainedModel):
         return (inputs_embeds == self.get_input_embeddings()(token)).all(-1)
 
     def _image_outputs(
-        self, pixel_values: torch.Tensor | None, mm_encoder_outputs: dict | None, device: torch.device
+        self,
+        pixel_values: torch.Tensor | None,
+        mm_encoder_outputs: dict | None,
+        visual_token_mask: torch.Tensor | None,
+        device: torch.device,
     ) -> BaseModelOutputWithPooling | None:
-        """The embedded tiles of this call, or None when it has no picture; while training zero tiles, not None."""
+        """The embedded tiles of this call, or None when it has no picture. While training [0, P, H] and not None (why:
+        point 4 above), unless a mask says that `inputs_embeds` holds visual tokens already."""
         if mm_encoder_outputs and mm_encoder_outputs.get("image") is not None:
             return mm_encoder_outputs["image"]
-        if pixel_values is None and self.training and torch.is_grad_enabled():
-            pixel_values = zero_tiles(self.config.vision_config, device)
+        if pixel_values is None and visual_token_mask is None and self.training and torch.is_grad_enabled():
+            pixel_values = empty_tiles(self.config.vision_config, device)
         return None if pixel_values is None else self.get_image_features(pixel_values, return_dict=True)
 
     @staticmethod
@@ -449,17 +460,18 @@ class MonoInternVLModel(MonoInternVLPreTrainedModel):
     def _route(
         self, visual_mask: torch.Tensor, visual_embeds: torch.Tensor | None, keep: int | None
     ) -> tuple[RoutingPlan | None, int | None]:
-        """The plan for this forward, and `keep`, or None where one of the last `keep` positions is visual.
+        """The plan for this forward; and `keep`, or None where one of the last `keep` positions is visual or, in a
+        graph, may be.
 
         Args:
             visual_mask: bool [B, T]. visual_embeds: [V, H], or None where `inputs_embeds` holds them already.
 
         Raises:
-            ValueError: visual tokens and placeholders differ in number; both are named. Under compile: an assertion.
+            ValueError: visual tokens and placeholders differ in number; both are named. In a graph: an assertion.
         """
         if torch.compiler.is_compiling() or (visual_mask.is_cuda and torch.cuda.is_current_stream_capturing()):
             # A value that the host reads breaks a graph. So nobody knows what the kept positions are, and the last
-            # layer computes all; visual tokens are counted by the pictures, and read only where there are none.
+            # layer computes all; the count is that of the pictures, and read (which breaks) where only a mask is given.
             count = int(visual_mask.sum()) if visual_embeds is None else visual_embeds.shape[0]
             if visual_embeds is not None:
                 # Checked on the device, which cannot name the counts.
@@ -478,8 +490,8 @@ class MonoInternVLModel(MonoInternVLPreTrainedModel):
                 "tiles with it, which TRL's GRPO and RLOO do only for max_tiles=1)"
             )
         keep = keep if visual_kept == 0 else None
-        # While training a plan without visual tokens, see `_image_outputs`.
-        if placeholders == 0 and not (self.training and visual_embeds is not None):
+        # While training a plan without visual tokens: point 4 above.
+        if placeholders == 0 and not self.training:
             return None, keep
         return make_routing_plan(visual_mask, placeholders), keep
 
@@ -510,7 +522,7 @@ class MonoInternVLModel(MonoInternVLPreTrainedModel):
         if (input_ids is None) == (inputs_embeds is None):
             raise ValueError("exactly one of input_ids and inputs_embeds must be given")
         device = (input_ids if inputs_embeds is None else inputs_embeds).device  # type: ignore[union-attr]
-        image_outputs = self._image_outputs(pixel_values, mm_encoder_outputs, device)
+        image_outputs = self._image_outputs(pixel_values, mm_encoder_outputs, visual_token_mask, device)
         visual_embeds = self._visual_embeds(image_outputs)
         visual_mask = visual_token_mask
         if visual_mask is None and visual_embeds is not None:
@@ -606,8 +618,8 @@ class MonoInternVLForCausalLM(
             position_ids: int64 [B, T]; default counts from the cache's length.
             past_key_values, cache: two names of the cache, of older and of newer transformers; either is taken.
             pixel_values: [tiles, P, 3*28*28] or [tiles, 3, side, side] of the whole batch, in the order of the
-                placeholders in `input_ids`; not those of pictures that lie in the cache. Zero tiles are allowed; float
-                normalised, or uint8, normalised here.
+                placeholders in `input_ids`; not those of pictures that lie in the cache. A tensor of no tiles is
+                allowed; float normalised, or uint8, normalised here.
             labels: int64 [B, T], -100 is ignored, and so are placeholders: no position learns to predict a visual
                 token. Shifted here; `shift_labels` are taken as they are.
             visual_token_mask: bool [B, T] of the current input: which tokens go to the visual experts. Derived from
@@ -616,14 +628,14 @@ class MonoInternVLForCausalLM(
             logits_to_keep: the last so many positions (0: all), or their indices.
 
         Raises:
-            ValueError: visual tokens and placeholders differ in number; both counts are named. Not checked where there
-                is neither a picture nor a mask: the placeholders of such a call are text.
+            ValueError: visual tokens and placeholders differ in number; both counts are named. Not checked at inference
+                where there is neither a picture nor a mask: the placeholders of such a call are text.
         """
         for name in _RECORDED:
             # The decoder, which records them, sees only its own part of the configuration.
             if kwargs.get(name) is None:
                 kwargs[name] = getattr(self.config, name, False) or getattr(self.config.text_config, name, False)
-        # What is recorded has all positions; and a visual expert that trains needs its place in the graph.
+        # What is recorded has all positions; and with `keep` the last layer's visual expert would get no gradient.
         whole = (self.training and torch.is_grad_enabled()) or any(map(kwargs.get, _RECORDED))
         keep = logits_to_keep if isinstance(logits_to_keep, int) and logits_to_keep > 0 and not whole else None
         outputs = self.model(
@@ -640,6 +652,7 @@ class MonoInternVLForCausalLM(
             return_dict=True,
             **kwargs,
         )
+        # 0 is all; where the last layer has cut already, this cuts nothing.
         kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
         logits = self.lm_head(outputs.last_hidden_state[:, kept])
         loss = None

@@ -92,8 +92,8 @@ def make_drop_path(config: MonoInternVLTextConfig, layer_idx: int) -> nn.Module:
     return DropPath(config.drop_path_rate * layer_idx / max(config.num_hidden_layers - 1, 1))
 
 
-def zero_tiles(config: MonoInternVLVisionConfig, device: torch.device) -> torch.Tensor:
-    """Pixels of zero tiles, [0, P, 3*s*s]: every rank keeps the visual path in its graph, else DDP and FSDP wait for
+def empty_tiles(config: MonoInternVLVisionConfig, device: torch.device) -> torch.Tensor:
+    """Pixels of no tile, [0, P, 3*s*s]: every rank keeps the visual path in its graph, else DDP and FSDP wait for
     gradients for ever."""
     return torch.zeros(0, config.tokens_per_tile, 3 * config.token_size**2, device=device)
 

@@ -226,3 +226,20 @@ def test_what_a_configuration_records_is_recorded_at_all_positions(part, name):
         torch.testing.assert_close(one, other)
     with torch.no_grad():
         assert getattr(model(ROWS[:1], pixel_values=tiles(), **{name: False}), key) is None
+
+
+@pytest.mark.parametrize("visual", [True, False])
+def test_embeddings_and_a_mask_train_as_pictures_do(visual):
+    """Whoever embeds pictures himself says by a mask where they are; so does a batch of his without any."""
+    model = tiny_model().train()
+    with torch.no_grad():
+        embeds = model.get_input_embeddings()(ROWS[:1])
+        mask = ROWS[:1] == IMAGE
+        embeds[mask] = model.get_image_features(tiles()).pooler_output.flatten(0, 1)
+    mask = mask & visual
+    out = model(inputs_embeds=embeds, visual_token_mask=mask, labels=ROWS[:1])
+    expected = model.eval()(inputs_embeds=embeds, visual_token_mask=mask).logits
+    torch.testing.assert_close(out.logits, expected, atol=1e-6, rtol=1e-6)
+    out.loss.backward()
+    layers = model.model.language_model.layers
+    assert all(layer.visual_mlp.up_proj.weight.grad is not None for layer in layers)
