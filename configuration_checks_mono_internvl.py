@@ -1,6 +1,7 @@
 """What the values of a configuration must be; asked once, when it is made."""
 
 import difflib
+import math
 from collections.abc import Iterable
 from typing import Any
 
@@ -42,9 +43,43 @@ def warn_of_misspelt(where: str, config: Any, given: Iterable[str]) -> None:
                 logger.warning(f"{where}: {name} is not known and changes nothing; did you mean {close[0]}?")
 
 
+def without_unused(values: dict[str, Any], switch: str, names: Iterable[str]) -> dict[str, Any]:
+    """A written configuration without `names` where `switch` is off: a model without a part does not name it."""
+    return values if values.get(switch) else {name: value for name, value in values.items() if name not in names}
+
+
 def fields_of(config_class: type[PreTrainedConfig]) -> list[str]:
     """The names that a configuration class has of its own."""
     return [name for name in config_class.__annotations__ if not name.startswith("_")]
+
+
+def check_queries(config: Any, placements: Iterable[str]) -> list[int] | None:
+    """The sides of the grids of a configuration's learnable queries; None where there are none.
+
+    Raises:
+        ValueError: number, grids, place or placeholder do not fit; names what is there and what is allowed.
+    """
+    count, grids, token = config.num_learnable_queries, config.query_grids, config.query_token_id
+    if isinstance(count, bool) or not isinstance(count, int) or count < 0:
+        raise ValueError(f"num_learnable_queries={count!r} must be an integer that is not negative")
+    if config.query_placement not in placements:
+        raise ValueError(f"query_placement={config.query_placement!r} must be one of {', '.join(placements)}")
+    if count == 0:
+        if grids or token is not None:
+            raise ValueError(f"query_grids={grids!r} and query_token_id={token!r} need num_learnable_queries")
+        return None
+    if grids is None:
+        grids = [8, 6] if count == 100 else [math.isqrt(count)]
+    whole = isinstance(grids, (list, tuple)) and all(type(side) is int and side > 0 for side in grids)
+    if not whole or sum(side * side for side in grids) != count:
+        raise ValueError(f"query_grids={grids!r} must be sides of squares of {count} queries together")
+    taken = (config.image_token_id, config.image_start_token_id, config.image_end_token_id)
+    if type(token) is not int or not 0 <= token < config.text_config.vocab_size or token in taken:
+        raise ValueError(
+            f"query_token_id={token!r} must be an id of its own in the vocabulary of {config.text_config.vocab_size}, "
+            f"not one of a picture's: the placeholder of the {count} learnable queries"
+        )
+    return list(grids)
 
 
 def check_rope(parameters: dict[str, Any]) -> str:

@@ -13,7 +13,14 @@ from typing import TYPE_CHECKING, Any
 from transformers.configuration_utils import PreTrainedConfig
 from transformers.utils import logging
 
-from .configuration_checks_mono_internvl import check_numbers, check_rope, fields_of, warn_of_misspelt
+from .configuration_checks_mono_internvl import (
+    check_numbers,
+    check_queries,
+    check_rope,
+    fields_of,
+    warn_of_misspelt,
+    without_unused,
+)
 
 
 if TYPE_CHECKING:
@@ -26,6 +33,7 @@ if TYPE_CHECKING:
 logger = logging.get_logger(__name__)
 
 VISUAL_ATTENTION_EXPERTS = ("none", "qkv", "qkvo")
+QUERY_PLACEMENTS = ("image", "question")
 # How routed experts are computed, see `experts_mono_internvl.py`.
 EXPERT_KERNELS = ("auto", "plain", "fused")
 # Where remote code finds each class; `AutoModel` is the model that chats.
@@ -128,6 +136,8 @@ class MonoInternVLTextConfig(PreTrainedConfig):
             `none` (v1), `qkv` or `qkvo`.
         expert_kernel: how routed experts are computed: `plain`; `fused`, by a Triton kernel wherever it can run; or
             `auto`, by the kernel where it is faster (`experts_mono_internvl.py`). May be changed on a loaded model.
+        expert_gates: the output of each feed-forward expert is scaled by sigmoid(w x) of its input x (BREEN, arXiv
+            2503.12446).
         drop_path_rate: stochastic depth of the residual branches while training, growing linearly with depth.
         rope_parameters: `{"rope_type", "rope_theta"}` and what the type needs (`check_rope`); older files'
             `rope_theta` and `rope_scaling` are folded into it.
@@ -172,6 +182,7 @@ class MonoInternVLTextConfig(PreTrainedConfig):
     attention_dropout: float | int = 0.0
     drop_path_rate: float | int = 0.0
     visual_attention_experts: str = "none"
+    expert_gates: bool = False
     expert_kernel: str = "auto"
 
     def __post_init__(self, **kwargs: Any):
@@ -232,6 +243,9 @@ class MonoInternVLTextConfig(PreTrainedConfig):
             raise ValueError(f"text_config: rope_theta={rope['rope_theta']!r} must be a positive number")
         self.plan_visual_attention()
 
+    def to_dict(self) -> dict[str, Any]:
+        return without_unused(super().to_dict(), "expert_gates", ("expert_gates",))
+
     def plan_visual_attention(self) -> None:
         """Tensor-parallel rules for the visual projections there are; transformers warns of those without a match."""
         parts = "" if self.visual_attention_experts == "none" else self.visual_attention_experts
@@ -255,6 +269,11 @@ class MonoInternVLConfig(PreTrainedConfig):
             These three are where InternLM2's vocabulary has them if they are not given, and follow `image_token_id`
             when that is set.
         visual_attention_experts: see `MonoInternVLTextConfig`, where it is kept; may be given here or there.
+        num_learnable_queries: queries of a block (BREEN, arXiv 2503.12446; there 100); 0: the model has none.
+        query_grids: sides of the square grids that they make, the finest first; default [8, 6] for 100, else one grid.
+        query_placement: where a block stands: `image`, behind each picture; or `question`, behind the message that
+            holds pictures, whose words are then repeated.
+        query_token_id: the placeholder in `input_ids` that stands for one query.
 
     Raises:
         ValueError: naming the value and what is allowed.
@@ -274,6 +293,10 @@ class MonoInternVLConfig(PreTrainedConfig):
     image_end_token_id: Any = None
     stop_token_ids: Any = None
     visual_attention_experts: str | None = None
+    num_learnable_queries: int = 0
+    query_grids: Any = None
+    query_placement: str = "image"
+    query_token_id: int | None = None
     tie_word_embeddings: bool = False
 
     def __post_init__(self, **kwargs: Any):
@@ -315,6 +338,7 @@ class MonoInternVLConfig(PreTrainedConfig):
         if self.tie_word_embeddings or self.text_config.tie_word_embeddings:
             self.tie_word_embeddings = self.text_config.tie_word_embeddings = True
         self._check_control_ids()
+        self.query_grids = check_queries(self, QUERY_PLACEMENTS)
         super().__post_init__(**kwargs)
 
     def _check_control_ids(self) -> None:
@@ -339,10 +363,14 @@ class MonoInternVLConfig(PreTrainedConfig):
             self.image_end_token_id = value + _IMAGE_END if value + _IMAGE_END >= 0 else None
             self.stop_token_ids = [value + stop for stop in _STOPS if value + stop >= 0]
 
+    def to_dict(self) -> dict[str, Any]:
+        names = ("num_learnable_queries", "query_grids", "query_placement", "query_token_id")
+        return without_unused(super().to_dict(), names[0], names)
+
     @property
     def image_token_ids(self) -> list[int]:
-        """Ids of `<IMG_CONTEXT>`, `<img>` and `</img>`, which are read and never generated."""
-        ids = (self.image_token_id, self.image_start_token_id, self.image_end_token_id)
+        """Ids of `<IMG_CONTEXT>`, `<img>`, `</img>` and of a query, which are read and never generated."""
+        ids = (self.image_token_id, self.image_start_token_id, self.image_end_token_id, self.query_token_id)
         return [token for token in ids if token is not None]
 
     def _read_official(self, kwargs: dict[str, Any]) -> dict[str, Any]:

@@ -203,6 +203,8 @@ def kernel_refusal(x: torch.Tensor, plan: Any, text: nn.Module, visual: nn.Modul
     for mlp in (text, visual):
         if _is_hooked(mlp):
             return "a feed-forward expert has forward hooks"
+        if mlp._modules.get("output_gate") is not None:
+            return "a feed-forward expert has an output gate"
         if type(mlp.act_fn) not in _SILU:
             return f"the activation is {type(mlp.act_fn).__name__}, and the kernel has SiLU alone"
     inputs = x.shape[-1]

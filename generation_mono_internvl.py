@@ -145,6 +145,8 @@ class MonoInternVLGenerationMixin(GenerationMixin):
             raise ValueError(
                 "prefill_chunk_size with pictures needs transformers >= 5.23; older ones give each chunk all pictures"
             )
+        if generation_config.prefill_chunk_size is not None and has_images and self.config.num_learnable_queries:  # type: ignore[attr-defined]
+            raise ValueError("prefill_chunk_size may cut a block of learnable queries in two; leave it out")
         return super()._prefill(input_ids, generation_config, model_kwargs, *args, **kwargs)  # type: ignore[misc]
 
     # ---- continuous batching

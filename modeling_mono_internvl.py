@@ -15,7 +15,9 @@
 6. `keep`: the last layer computes only the last `keep` positions (`logits_to_keep`), keys and values for all, unless
    one of them is visual (or, in a compiled call with pictures, may be), hidden states or attentions are recorded, or
    the model trains.
-7. RoPE with a dynamic NTK that has no state: angles depend on this call's positions alone, and keys in the cache keep
+7. With `num_learnable_queries` (BREEN, arXiv 2503.12446) a prompt with pictures also holds queries, learnt vectors that
+   are routed as visual tokens are (`queries_mono_internvl.py`).
+8. RoPE with a dynamic NTK that has no state: angles depend on this call's positions alone, and keys in the cache keep
    those that they were rotated with.
 
 Shapes: B batch, T current tokens, S all tokens incl. cache, N = B*T, H hidden, D head_dim. A picture comes as square
@@ -23,7 +25,6 @@ tiles of `side` pixels (`image_processing_mono_internvl.py` cuts it): P patches 
 (tiles * P), C width of a 14-px quarter of a patch, four of which are joined.
 """
 
-from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import torch
@@ -34,7 +35,7 @@ from transformers.activations import ACT2FN
 from transformers.cache_utils import Cache, DynamicCache
 from transformers.integrations import use_kernel_forward_from_hub
 from transformers.modeling_layers import GradientCheckpointingLayer
-from transformers.modeling_outputs import BaseModelOutputWithPast, BaseModelOutputWithPooling, CausalLMOutputWithPast
+from transformers.modeling_outputs import BaseModelOutputWithPast, BaseModelOutputWithPooling
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS, PreTrainedModel
 from transformers.utils.generic import can_return_tuple, merge_with_config_defaults
 from transformers.utils.output_capturing import capture_outputs
@@ -49,7 +50,6 @@ from .attention_mono_internvl import (
 from .chat_mono_internvl import AnswerStreamer, MonoInternVLChatMixin
 from .compat_mono_internvl import (
     CACHE,
-    CacheNames,
     cache_of,
     checked_keywords,
     cpu_has_bfloat16_units,
@@ -63,7 +63,9 @@ from .generation_mono_internvl import MonoInternVLGenerationMixin
 from .image_processing_mono_internvl import patchify
 from .loading_mono_internvl import SavingMixin, StrictLoadingMixin, refuse_unknown
 from .output_head_mono_internvl import MonoInternVLOutputHead
+from .outputs_mono_internvl import MonoInternVLCausalLMOutputWithPast, MonoInternVLModelOutputWithPast
 from .prompt_mono_internvl import place_images
+from .queries_mono_internvl import MonoInternVLLearnableQueries, refuse_broken_blocks
 from .rope_mono_internvl import MonoInternVLRotaryEmbedding, rotate, signed
 from .training_mono_internvl import empty_tiles, make_drop_path, next_token_loss, refuse_cache
 from .vision_mono_internvl import MonoInternVLMultiModalProjector, MonoInternVLVisionEmbeddings
@@ -85,17 +87,22 @@ class RoutingPlan(NamedTuple):
 
     Attributes:
         text: int64 [N - V], indices of all other tokens in the flattened batch, ascending.
-        visual: int64 [V], indices of visual tokens, ascending.
+        visual: int64 [V], indices of visual tokens, ascending; behind them those of learnable queries, ascending.
     """
 
     text: torch.Tensor
     visual: torch.Tensor
 
 
-def make_routing_plan(visual_token_mask: torch.Tensor, num_visual: int) -> RoutingPlan:
-    """bool [B, T] and its count V, which the host knows: no shape here depends on data."""
+def make_routing_plan(
+    visual_token_mask: torch.Tensor, num_visual: int, query_mask: torch.Tensor | None = None
+) -> RoutingPlan:
+    """Masks bool [B, T] and the count of both, which the host knows: no shape here depends on data."""
     # False sorts before True: of the inverted mask the visual tokens come first, and a stable sort keeps their order.
-    order = torch.argsort((~visual_token_mask).reshape(-1).to(torch.int8), stable=True)
+    key = (~visual_token_mask).reshape(-1).to(torch.int8)
+    if query_mask is not None:
+        key = 2 * key - query_mask.reshape(-1).to(torch.int8)  # 0 visual tokens, 1 queries, 2 text
+    order = torch.argsort(key, stable=True)
     return RoutingPlan(text=order[num_visual:], visual=order[:num_visual])
 
 
@@ -208,19 +215,21 @@ class MonoInternVLAttention(nn.Module):
 
 
 class MonoInternVLMLP(nn.Module):
-    """SwiGLU: down(act(gate x) * up x), no biases."""
+    """SwiGLU: down(act(gate x) * up x), no biases; with `expert_gates` times sigmoid(output_gate x)."""
 
     def __init__(self, config: MonoInternVLTextConfig):
         super().__init__()
         self.gate_proj = nn.Linear(config.hidden_size, config.intermediate_size, bias=False)
         self.up_proj = nn.Linear(config.hidden_size, config.intermediate_size, bias=False)
         self.down_proj = nn.Linear(config.intermediate_size, config.hidden_size, bias=False)
+        self.output_gate = nn.Linear(config.hidden_size, 1, bias=False) if config.expert_gates else None
         self.act_fn = ACT2FN[config.hidden_act]
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         gate, up = self.act_fn(self.gate_proj(x)), self.up_proj(x)
         # In place where no backward needs the gate.
-        return self.down_proj(gate * up if torch.is_grad_enabled() else gate.mul_(up))
+        out = self.down_proj(gate * up if torch.is_grad_enabled() else gate.mul_(up))
+        return out if self.output_gate is None else out * self.output_gate(x).sigmoid()
 
 
 class MonoInternVLDecoderLayer(GradientCheckpointingLayer):
@@ -269,24 +278,6 @@ class MonoInternVLDecoderLayer(GradientCheckpointingLayer):
 # ----------------------------------------------------------------------------------------------------------- models
 
 
-@dataclass
-class MonoInternVLModelOutputWithPast(CacheNames, BaseModelOutputWithPast):
-    """`image_hidden_states`: float [V, H], the embedded visual tokens in the order of their placeholders;
-    `image_outputs`: what `get_image_features` returned."""
-
-    image_hidden_states: torch.Tensor | None = None
-    image_outputs: BaseModelOutputWithPooling | None = None
-
-
-@dataclass
-class MonoInternVLCausalLMOutputWithPast(CacheNames, CausalLMOutputWithPast):
-    """`image_hidden_states`: float [V, H], the embedded visual tokens in the order of their placeholders;
-    `image_outputs`: what `get_image_features` returned."""
-
-    image_hidden_states: torch.Tensor | None = None
-    image_outputs: BaseModelOutputWithPooling | None = None
-
-
 class MonoInternVLPreTrainedModel(SavingMixin, PreTrainedModel):
     config: MonoInternVLConfig
     base_model_prefix = "model"
@@ -309,6 +300,8 @@ class MonoInternVLPreTrainedModel(SavingMixin, PreTrainedModel):
             # Buffers that no file holds are empty after a load through the meta device, so they are set here.
             init.copy_(module.pixel_mean, torch.tensor(module.config.image_mean, dtype=torch.float32))
             init.copy_(module.pixel_std, torch.tensor(module.config.image_std, dtype=torch.float32))
+        elif isinstance(module, MonoInternVLLearnableQueries):
+            init.normal_(module.weight, mean=0.0, std=module.config.text_config.initializer_range)
         elif isinstance(module, MonoInternVLRotaryEmbedding):
             init.copy_(module.inv_freq, module.initial_inv_freq())
 
@@ -399,6 +392,7 @@ class MonoInternVLModel(MonoInternVLPreTrainedModel):
         self.vision_embeddings = MonoInternVLVisionEmbeddings(config.vision_config)
         self.multi_modal_projector = MonoInternVLMultiModalProjector(config)
         self.language_model = MonoInternVLTextModel(config.text_config)
+        self.learnable_queries = MonoInternVLLearnableQueries(config) if config.num_learnable_queries else None
         self.post_init()
 
     @checked_keywords
@@ -424,12 +418,16 @@ class MonoInternVLModel(MonoInternVLPreTrainedModel):
             last_hidden_state=embedded, pooler_output=self.multi_modal_projector(embedded)
         )
 
-    def get_placeholder_mask(self, input_ids: torch.Tensor | None, inputs_embeds: torch.Tensor | None) -> torch.Tensor:
-        """bool [B, T]: where placeholders are; without ids, where an embedding equals the placeholder's."""
+    def get_placeholder_mask(
+        self, input_ids: torch.Tensor | None, inputs_embeds: torch.Tensor | None, token_id: int | None = None
+    ) -> torch.Tensor:
+        """bool [B, T]: where placeholders are (of visual tokens, or `token_id`); without ids, where an embedding equals
+        the placeholder's."""
+        token_id = self.config.image_token_id if token_id is None else token_id
         if input_ids is not None:
-            return input_ids == self.config.image_token_id
+            return input_ids == token_id
         assert inputs_embeds is not None
-        token = torch.full((), self.config.image_token_id, dtype=torch.long, device=inputs_embeds.device)
+        token = torch.full((), token_id, dtype=torch.long, device=inputs_embeds.device)
         return (inputs_embeds == self.get_input_embeddings()(token)).all(-1)
 
     def _image_outputs(
@@ -458,13 +456,18 @@ class MonoInternVLModel(MonoInternVLPreTrainedModel):
         return flat[0] if len(flat) == 1 else torch.cat(flat)
 
     def _route(
-        self, visual_mask: torch.Tensor, visual_embeds: torch.Tensor | None, keep: int | None
+        self,
+        visual_mask: torch.Tensor,
+        visual_embeds: torch.Tensor | None,
+        keep: int | None,
+        query_mask: torch.Tensor | None,
     ) -> tuple[RoutingPlan | None, int | None]:
-        """The plan for this forward; and `keep`, or None where one of the last `keep` positions is visual or, in a
-        graph, may be.
+        """The plan for this forward; and `keep`, or None where one of the last `keep` positions is visual or a query or,
+        in a graph, may be.
 
         Args:
             visual_mask: bool [B, T]. visual_embeds: [V, H], or None where `inputs_embeds` holds them already.
+            query_mask: bool [B, T], or None where the model has no queries or `inputs_embeds` holds them already.
 
         Raises:
             ValueError: visual tokens and placeholders differ in number; both are named. In a graph: an assertion.
@@ -479,10 +482,15 @@ class MonoInternVLModel(MonoInternVLPreTrainedModel):
                     visual_mask.sum() == count,
                     f"image placeholders (id {self.config.image_token_id}) and visual tokens differ in number",
                 )
-            return make_routing_plan(visual_mask, count), None
+            if query_mask is not None:
+                count += int(query_mask.sum())
+            return make_routing_plan(visual_mask, count, query_mask), None
         # The only read of a forward, in which the host waits for the device: so early that little is queued there.
-        kept = visual_mask[:, -keep:] if keep else visual_mask
-        placeholders, visual_kept = torch.stack([visual_mask.sum(), kept.sum()]).tolist()
+        routed = visual_mask if query_mask is None else visual_mask | query_mask
+        counts = [visual_mask.sum(), (routed[:, -keep:] if keep else routed).sum()]
+        if query_mask is not None:
+            counts += [query_mask.sum(), (query_mask.sum(-1) % self.config.num_learnable_queries).count_nonzero()]
+        placeholders, visual_kept, queries, broken_rows = (torch.stack(counts).tolist() + [0, 0])[:4]
         if visual_embeds is not None and visual_embeds.shape[0] != placeholders:
             raise ValueError(
                 f"the pictures give {visual_embeds.shape[0]} visual tokens but the input has {placeholders} image "
@@ -490,10 +498,20 @@ class MonoInternVLModel(MonoInternVLPreTrainedModel):
                 "tiles with it, which TRL's GRPO and RLOO do only for max_tiles=1)"
             )
         keep = keep if visual_kept == 0 else None
+        if broken_rows:
+            refuse_broken_blocks(broken_rows, self.config)
         # While training a plan without visual tokens: point 4 above.
-        if placeholders == 0 and not self.training:
+        if placeholders + queries == 0 and not self.training:
             return None, keep
-        return make_routing_plan(visual_mask, placeholders), keep
+        return make_routing_plan(visual_mask, placeholders + queries, query_mask), keep
+
+    def _fill_in(self, inputs_embeds: torch.Tensor, routing: RoutingPlan, visual_embeds: torch.Tensor) -> torch.Tensor:
+        """[B, T, H] with visual tokens and queries in the places of their placeholders."""
+        if self.learnable_queries is not None:
+            queries = self.learnable_queries(routing.visual.shape[0] - visual_embeds.shape[0])
+            visual_embeds = torch.cat([visual_embeds, queries.to(visual_embeds)])
+        flat = inputs_embeds.reshape(-1, inputs_embeds.shape[-1])
+        return flat.index_copy(0, routing.visual, visual_embeds.to(flat)).view_as(inputs_embeds)
 
     @checked_keywords
     @can_return_tuple
@@ -527,6 +545,8 @@ class MonoInternVLModel(MonoInternVLPreTrainedModel):
         visual_mask = visual_token_mask
         if visual_mask is None and visual_embeds is not None:
             visual_mask = self.get_placeholder_mask(input_ids, inputs_embeds)
+        query_id = self.config.query_token_id if visual_embeds is not None else None
+        query_mask = None if query_id is None else self.get_placeholder_mask(input_ids, inputs_embeds, query_id)
         if inputs_embeds is None:
             inputs_embeds = self.get_input_embeddings()(input_ids)
 
@@ -538,11 +558,9 @@ class MonoInternVLModel(MonoInternVLPreTrainedModel):
                     f"got {tuple(visual_mask.shape)}"
                 )
             visual_mask = visual_mask.to(device=inputs_embeds.device, dtype=torch.bool)
-            routing, keep = self._route(visual_mask, visual_embeds, keep)
+            routing, keep = self._route(visual_mask, visual_embeds, keep, query_mask)
         if routing is not None and visual_embeds is not None:
-            # Visual tokens take the places of their placeholders.
-            flat = inputs_embeds.reshape(-1, inputs_embeds.shape[-1])
-            inputs_embeds = flat.index_copy(0, routing.visual, visual_embeds.to(flat)).view_as(inputs_embeds)
+            inputs_embeds = self._fill_in(inputs_embeds, routing, visual_embeds)
 
         outputs = self.language_model(
             attention_mask=attention_mask,
@@ -657,8 +675,8 @@ class MonoInternVLForCausalLM(
         logits = self.lm_head(outputs.last_hidden_state[:, kept])
         loss = None
         if labels is not None or kwargs.get("shift_labels") is not None:
-            placeholder = self.config.image_token_id
-            loss = next_token_loss(self.loss_function, logits, labels, placeholder=placeholder, **kwargs)
+            placeholders = self.config.image_token_id, self.config.query_token_id
+            loss = next_token_loss(self.loss_function, logits, labels, placeholders=placeholders, **kwargs)
         return MonoInternVLCausalLMOutputWithPast(
             loss=loss,
             logits=logits,

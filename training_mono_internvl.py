@@ -1,6 +1,7 @@
 """What only training needs of the model: the loss, stochastic depth, a visual path in every graph, no cache."""
 
-from collections.abc import Callable
+import functools
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import torch
@@ -15,7 +16,7 @@ def next_token_loss(
     logits: torch.Tensor,
     labels: torch.Tensor | None,
     *,
-    placeholder: int,
+    placeholders: Iterable[int | None],
     num_items_in_batch: torch.Tensor | int | None = None,
     shift_labels: torch.Tensor | None = None,
     ignore_index: int = -100,
@@ -30,7 +31,7 @@ def next_token_loss(
     Args:
         loss_function: transformers' `ForCausalLMLoss`, or what somebody put in its place.
         logits: [B, T, vocabulary]. labels: int64 [B, T], shifted here. shift_labels: the same, shifted already.
-        placeholder: the id that visual tokens have in the labels.
+        placeholders: the ids that visual tokens and learnable queries have in the labels.
 
     Raises:
         ValueError: labels and logits differ in length.
@@ -41,15 +42,16 @@ def next_token_loss(
             "logits_to_keep at 0"
         )
     given = labels[..., 1:] if shift_labels is None else shift_labels  # type: ignore[index]
-    placeholders = given.eq(placeholder)
+    visual = [token for token in placeholders if token is not None]
+    unlearnt = _any_of(given, visual)
     if num_items_in_batch is not None:
         counted = (given != ignore_index).sum()
-        share = (counted - placeholders.sum()) / counted.clamp(min=1)
+        share = (counted - unlearnt.sum()) / counted.clamp(min=1)
         num_items_in_batch = (torch.as_tensor(num_items_in_batch, device=share.device) * share).clamp(min=1e-6)
     if shift_labels is None:
-        labels = labels.masked_fill(labels.eq(placeholder), ignore_index)  # type: ignore[union-attr]
+        labels = labels.masked_fill(_any_of(labels, visual), ignore_index)  # type: ignore[union-attr,arg-type]
     else:
-        shift_labels = shift_labels.masked_fill(shift_labels.eq(placeholder), ignore_index)
+        shift_labels = shift_labels.masked_fill(unlearnt, ignore_index)
     return loss_function(
         logits=logits,
         labels=labels,
@@ -59,6 +61,11 @@ def next_token_loss(
         ignore_index=ignore_index,
         **kwargs,
     )
+
+
+def _any_of(ids: torch.Tensor, wanted: Sequence[int]) -> torch.Tensor:
+    """Where `ids` is one of `wanted`, compared one by one: a tensor of them would have to travel to the device."""
+    return functools.reduce(torch.logical_or, (ids.eq(token) for token in wanted))
 
 
 class DropPath(nn.Module):

@@ -2,6 +2,8 @@
 
 visual_embedding          patch and position embedding, and the MLP behind it
 visual_experts            FFN_v of every layer (paper 2410.08202, eq. 4)
+expert_gates              the gates of FFN_t and FFN_v (BREEN, arXiv 2503.12446)
+learnable_queries         the queries (BREEN)
 visual_attention_experts  the visual projections of attention (1.5)
 attention                 the language model's q, k, v and o projections
 text                      everything else of the language model: FFN_t, norms, token embedding, output head
@@ -35,6 +37,8 @@ PARTS = (
         "visual_attention_experts",
         ("visual_q_proj", "visual_k_proj", "visual_v_proj", "visual_o_proj"),
     ),
+    Part("expert gates", "expert_gates", ("output_gate",)),
+    Part("learnable queries", "learnable_queries", ("learnable_queries",)),
     Part("attention", "attention", ("self_attn",)),
     Part("text FFN (T-experts)", "text", ("mlp",)),
     Part("visual FFN (V-experts)", "visual_experts", ("visual_mlp",)),
@@ -42,7 +46,12 @@ PARTS = (
     Part("patch embedding + positions", "visual_embedding", ("vision_embeddings",)),
     Part("projector MLP", "visual_embedding", ("multi_modal_projector",)),
 )
-GROUPS = ("visual_embedding", "visual_experts", "visual_attention_experts", "attention", "text")
+GROUPS = (
+    *("visual_embedding", "visual_experts", "visual_attention_experts", "expert_gates", "learnable_queries"),
+    *("attention", "text"),
+)
+# Not shown where the model has none.
+_OPTIONAL = tuple(part.name for part in PARTS if part.group not in ("visual_embedding", "attention", "text"))
 # What runs for a text token: all there is to read when an answer is decoded.
 TEXT_PATH = tuple(part.name for part in PARTS if part.group in ("attention", "text"))
 
@@ -75,7 +84,7 @@ def count_by_part(model: nn.Module) -> dict[str, int]:
     class_rows = [(name, buffer) for name, buffer in model.named_buffers() if name.endswith("class_embedding")]
     for name, tensor in [*model.named_parameters(), *class_rows]:
         counts[part_of(name).name] += tensor.numel()
-    return {name: count for name, count in counts.items() if count or "experts" not in name}
+    return {name: count for name, count in counts.items() if count or name not in _OPTIONAL}
 
 
 def build_on_meta(config: MonoInternVLConfig) -> MonoInternVLForCausalLM:

@@ -181,6 +181,11 @@ def _check_official_can_hold(config: MonoInternVLConfig, folder: Path) -> None:
             f"{folder} has visual attention experts ({config.visual_attention_experts}): the official layout has no "
             "place for them, there is no official checkpoint of Mono-InternVL-1.5"
         )
+    if config.num_learnable_queries or text.expert_gates:
+        raise ValueError(
+            f"{folder} has {config.num_learnable_queries} learnable queries and expert_gates={text.expert_gates}: the "
+            "official layout has no place for either"
+        )
     kind = text.rope_parameters.get("rope_type", "default")
     if kind not in _OFFICIAL_ROPES:
         raise ValueError(

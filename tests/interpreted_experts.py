@@ -332,6 +332,10 @@ def sizes(x, text, visual):
         setattr(visual, name, nn.Linear(*shape, bias=False).requires_grad_(False))
 
 
+def gated(x, text, visual):
+    visual.output_gate = nn.Linear(x.shape[-1], 1, bias=False).requires_grad_(False)
+
+
 def strided(x, text, visual):
     text.gate_proj.weight = nn.Parameter(text.gate_proj.weight.T.contiguous().T, requires_grad=False)
 
@@ -347,6 +351,7 @@ def rows_want_gradients(x, text, visual):
 REFUSED = {
     "a projection is peft": lora,
     "a feed-forward expert has forward hooks": hooked(""),
+    "a feed-forward expert has an output gate": gated,
     "a projection has forward hooks": hooked("up_proj"),
     "a projection has forward hooks, by accelerate": offloaded,
     "a weight is a Halved": quantised,

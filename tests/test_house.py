@@ -14,8 +14,8 @@ FLOORS = (
     *("tokenization", "compat", "tiling", "image_pixels", "image_files", "image_loading", "image_processing"),
     *("configuration_checks", "configuration", "vocabulary", "prompt", "chat_template", "conversation", "encoding"),
     *("processing_options", "processor_loading", "processing", "weight_mapping", "loading"),
-    *("expert_kernels", "experts", "attention", "rope", "vision", "output_head", "training_mono_internvl"),
-    *("generation", "streaming", "chat", "modeling"),
+    *("expert_kernels", "experts", "attention", "rope", "vision", "queries", "output_head", "outputs"),
+    *("training_mono_internvl", "generation", "streaming", "chat", "modeling"),
     *("common", "plates", "conversion", "evaluation", "training", "serving", "benchmarks", "cli"),
 )
 ROOT_FILES = sorted(ROOT.glob("*_mono_internvl.py"))

@@ -1,0 +1,35 @@
+"""Learnable queries (BREEN, arXiv 2503.12446): vectors that stand in the prompt beside the visual tokens of a picture,
+are routed with them, and gather what the picture holds.
+
+A block is all queries in order: the finest grid first, row by row. In `input_ids` each query is one placeholder
+(`query_token_id`), so that a block is found by its placeholders as a picture is by its own.
+"""
+
+import torch
+from torch import nn
+
+from .configuration_mono_internvl import MonoInternVLConfig
+
+
+class MonoInternVLLearnableQueries(nn.Module):
+    """The one parameter, `weight` [num_learnable_queries, H]."""
+
+    def __init__(self, config: MonoInternVLConfig):
+        super().__init__()
+        self.config = config
+        self.weight = nn.Parameter(torch.empty(config.num_learnable_queries, config.text_config.hidden_size))
+
+    def forward(self, places: int) -> torch.Tensor:
+        """As many blocks as `places` hold, one after the other, [places, H]; a gradient from each."""
+        return self.weight.repeat(places // self.weight.shape[0], 1)
+
+
+def refuse_broken_blocks(broken_rows: int, config: MonoInternVLConfig) -> None:
+    """
+    Raises:
+        ValueError: always; so many rows of a batch hold a part of a block.
+    """
+    raise ValueError(
+        f"{broken_rows} of the rows hold a part of a block of learnable queries: their number of query placeholders "
+        f"(id {config.query_token_id}) must be a multiple of {config.num_learnable_queries}"
+    )

@@ -1,0 +1,192 @@
+"""Learnable queries and expert gates: routed with visual tokens, in all kinds of prompts; absent where not asked for."""
+
+import copy
+
+import pytest
+import torch
+
+from conftest import IMAGE, tiles, tiny_config, tiny_model
+from mono_internvl import MonoInternVLConfig, MonoInternVLForCausalLM
+from mono_internvl.common.parameters import count_by_part, group_of
+from mono_internvl.modeling_mono_internvl import make_routing_plan
+from mono_internvl.training.groups import train_only
+
+
+QUERY = 118
+QUERIES = {"num_learnable_queries": 5, "query_grids": [2, 1], "query_token_id": QUERY}
+# Text, a picture of two tiles, a block of queries, text.
+ONE = torch.tensor([[1, 7, 111, *[IMAGE] * 8, 112, *[QUERY] * 5, 9, 15, 4]])
+# A picture of one tile and its block, text, another picture and its block, text.
+TWO = torch.tensor([[1, 111, *[IMAGE] * 4, 112, *[QUERY] * 5, 9, 15, 111, *[IMAGE] * 4, 112, *[QUERY] * 5, 6, 4]])
+
+
+@pytest.fixture
+def model():
+    return tiny_model(**QUERIES)
+
+
+def logits_of(model, ids, **options):
+    with torch.no_grad():
+        return model(ids, **options).logits
+
+
+def by_hand(model, ids, pixels):
+    """The same prompt with its embeddings and its mask made here."""
+    embeds = model.get_input_embeddings()(ids).clone()
+    embeds[ids == IMAGE] = model.get_image_features(pixels).pooler_output.flatten(0, 1)
+    queries = model.model.learnable_queries.weight
+    embeds[ids == QUERY] = queries.repeat(int((ids == QUERY).sum()) // len(queries), 1)
+    return model(inputs_embeds=embeds, visual_token_mask=(ids == IMAGE) | (ids == QUERY)).logits
+
+
+@pytest.mark.parametrize("ids", [ONE, TWO])
+@pytest.mark.parametrize("backend", ["eager", "sdpa"])
+def test_queries_take_their_places_and_go_the_visual_way(ids, backend):
+    model = tiny_model(**QUERIES, attn_implementation=backend, visual_attention_experts="qkvo")
+    with torch.no_grad():
+        expected = by_hand(model, ids, tiles())
+    torch.testing.assert_close(logits_of(model, ids, pixel_values=tiles()), expected, atol=1e-6, rtol=1e-6)
+    with torch.no_grad():
+        model.model.learnable_queries.weight[3] += 1
+    assert (logits_of(model, ids, pixel_values=tiles()) - expected)[:, -1].abs().max() > 1e-3
+
+
+def test_the_plan_holds_queries_behind_visual_tokens():
+    mask = (TWO == IMAGE) | (TWO == QUERY)
+    plan = make_routing_plan(TWO == IMAGE, int(mask.sum()), TWO == QUERY)
+    flat = TWO.flatten()
+    assert flat[plan.visual].tolist() == [IMAGE] * 8 + [QUERY] * 10
+    assert plan.text.tolist() == [i for i in range(TWO.shape[1]) if not mask.flatten()[i]]
+
+
+def test_batches_turns_and_chunks_equal_the_single_uncached_result(model):
+    alone = logits_of(model, ONE, pixel_values=tiles())
+    both = logits_of(model, TWO, pixel_values=tiles(seed=2))
+    filler = torch.full((1, TWO.shape[1] - ONE.shape[1]), 2)
+    ids, mask = torch.cat([torch.cat([filler, ONE], 1), TWO]), torch.ones(2, TWO.shape[1], dtype=torch.long)
+    mask[0, : filler.shape[1]] = 0
+    batch = logits_of(model, ids, attention_mask=mask, pixel_values=torch.cat([tiles(), tiles(seed=2)]))
+    torch.testing.assert_close(batch[:1, filler.shape[1] :], alone, atol=1e-5, rtol=1e-4)
+    torch.testing.assert_close(batch[1:], both, atol=1e-5, rtol=1e-4)
+
+    # The second picture in a later turn, on top of a cache; then one token after the other.
+    second, pixels = 14, tiles(seed=2)
+    with torch.no_grad():
+        cache = model(TWO[:, :second], pixel_values=pixels[:1], use_cache=True).past_key_values
+        later = model(TWO[:, second:-1], pixel_values=pixels[1:], past_key_values=cache)
+        last = model(TWO[:, -1:], past_key_values=cache).logits
+    torch.testing.assert_close(torch.cat([later.logits, last], 1), both[:, second:], atol=1e-5, rtol=1e-4)
+    kept = logits_of(model, TWO, pixel_values=pixels, logits_to_keep=1)
+    torch.testing.assert_close(kept, both[:, -1:], atol=1e-5, rtol=1e-4)
+    # A kept position that is a query is computed with the others.
+    reaching = logits_of(model, TWO, pixel_values=pixels, logits_to_keep=4)
+    torch.testing.assert_close(reaching, both[:, -4:], atol=1e-5, rtol=1e-4)
+
+
+def test_packed_samples(model):
+    alone = [logits_of(model, ids, pixel_values=tiles(seed=seed)) for seed, ids in enumerate((ONE, TWO))]
+    positions = torch.cat([torch.arange(ONE.shape[1]), torch.arange(TWO.shape[1])])[None]
+    pixels = torch.cat([tiles(seed=0), tiles(seed=1)])
+    packed = logits_of(model, torch.cat([ONE, TWO], 1), pixel_values=pixels, position_ids=positions, use_cache=False)
+    torch.testing.assert_close(packed, torch.cat(alone, 1), atol=1e-5, rtol=1e-4)
+
+
+def test_generation_with_beams_never_emits_a_query(model):
+    options = {"attention_mask": torch.ones_like(TWO), "pixel_values": tiles(), "max_new_tokens": 6, "pad_token_id": 2}
+    with torch.no_grad():
+        model.lm_head.weight[QUERY] = model.lm_head.weight.abs().max() * 50 * model.lm_head.weight.mean(0).sign()
+    greedy = model.generate(TWO, do_sample=False, **options)
+    assert QUERY not in greedy[0, TWO.shape[1] :]
+    beams = model.generate(TWO, num_beams=3, do_sample=False, **options)
+    assert QUERY not in beams[0, TWO.shape[1] :]
+    static = model.generate(TWO, do_sample=False, cache_implementation="static", **options)
+    assert static.tolist() == greedy.tolist()
+    with pytest.raises(ValueError, match="prefill_chunk_size may cut a block"):
+        model.generate(TWO, do_sample=False, prefill_chunk_size=8, **options)
+
+
+def test_a_part_of_a_block_is_refused(model):
+    ids = torch.cat([ONE[:, :-6], ONE[:, -3:]], 1)
+    with pytest.raises(ValueError, match=r"1 of the rows hold a part of a block .*id 118.* multiple of 5"):
+        model(ids, pixel_values=tiles())
+    # Rows are counted one by one: two parts make no block.
+    ids = torch.cat([ids, torch.cat([ONE[:, :-3], ONE[:, -6:-3]], 1)[:, : ids.shape[1]]])
+    with pytest.raises(ValueError, match="part of a block"):
+        model(ids, pixel_values=torch.cat([tiles(), tiles()]))
+
+
+@pytest.mark.parametrize("with_picture", [True, False])
+def test_gradients_reach_queries_and_labels_leave_them_out(model, with_picture):
+    model.train()
+    ids = ONE if with_picture else torch.tensor([[1, 7, 8, 9]])
+    loss = model(ids, pixel_values=tiles() if with_picture else None, labels=ids).loss
+    loss.backward()
+    gradient = model.model.learnable_queries.weight.grad
+    assert gradient is not None and bool(gradient.abs().sum() > 0) == with_picture
+    labels = ids.masked_fill((ids == IMAGE) | (ids == QUERY), -100)
+    torch.testing.assert_close(model(ids, pixel_values=tiles() if with_picture else None, labels=labels).loss, loss)
+
+
+def test_queries_and_gates_are_loaded_saved_and_initialised(tmp_path):
+    model = tiny_model(**QUERIES, text_config={"expert_gates": True})
+    model.save_pretrained(tmp_path / "whole")
+    again = MonoInternVLForCausalLM.from_pretrained(tmp_path / "whole")
+    assert torch.equal(logits_of(again, TWO, pixel_values=tiles()), logits_of(model, TWO, pixel_values=tiles()))
+    config = MonoInternVLConfig.from_pretrained(tmp_path / "whole")
+    assert (config.num_learnable_queries, config.query_grids, config.query_token_id) == (5, [2, 1], QUERY)
+    # A checkpoint without them: missing weights are named, not left to chance.
+    tiny_model().save_pretrained(tmp_path / "without")
+    with pytest.raises(ValueError, match="learnable_queries.weight"):
+        MonoInternVLForCausalLM.from_pretrained(tmp_path / "without", config=copy.deepcopy(config))
+    torch.manual_seed(0)
+    drawn = MonoInternVLForCausalLM(tiny_config(num_learnable_queries=100, query_token_id=QUERY))
+    assert drawn.config.query_grids == [8, 6]
+    assert drawn.model.learnable_queries.weight.std().item() == pytest.approx(0.02, rel=0.05)
+
+
+def test_a_model_without_has_neither_weights_nor_fields_of_them():
+    model = tiny_model()
+    assert not [name for name in model.state_dict() if "quer" in name or "gate." in name.replace("gate_proj.", "")]
+    saved = model.config.to_diff_dict()
+    assert not [name for name in saved if "quer" in name] and "expert_gates" not in saved["text_config"]
+
+
+def test_an_output_gate_scales_its_expert():
+    model = tiny_model(text_config={"expert_gates": True})
+    layer = model.model.language_model.layers[0]
+    x = torch.randn(2, 3, 64)
+    for expert in (layer.mlp, layer.visual_mlp):
+        gated = expert(x)
+        gate, expert.output_gate = expert.output_gate, None
+        torch.testing.assert_close(gated, expert(x) * torch.sigmoid(x @ gate.weight.T))
+        expert.output_gate = gate
+
+
+def test_groups_of_queries_and_gates():
+    model = tiny_model(**QUERIES, text_config={"expert_gates": True})
+    assert group_of("model.learnable_queries.weight") == "learnable_queries"
+    assert {group_of(name) for name, _ in model.named_parameters() if "output_gate" in name} == {"expert_gates"}
+    train_only(model, ["learnable_queries", "expert_gates"])
+    trained = {name.split(".")[-2] for name, parameter in model.named_parameters() if parameter.requires_grad}
+    assert trained == {"learnable_queries", "output_gate"}
+    counts = count_by_part(model)
+    assert (counts["learnable queries"], counts["expert gates"]) == (5 * 64, 3 * 2 * 64)
+    assert not {"learnable queries", "expert gates"} & set(count_by_part(tiny_model()))
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"num_learnable_queries": -1}, "num_learnable_queries=-1 must be an integer that is not negative"),
+        ({"num_learnable_queries": 0}, r"query_grids=\[2, 1\] and query_token_id=118 need num_learnable_queries"),
+        ({"query_grids": [2, 2]}, r"query_grids=\[2, 2\] must be sides of squares of 5 queries together"),
+        ({"query_grids": None}, r"query_grids=\[2\] must be sides"),
+        ({"query_placement": "end"}, "query_placement='end' must be one of image, question"),
+        ({"query_token_id": None}, "query_token_id=None must be an id of its own"),
+        ({"query_token_id": IMAGE}, "query_token_id=113 must be an id of its own"),
+        ({"query_token_id": 120}, "query_token_id=120 must be an id of its own in the vocabulary of 120"),
+    ],
+)
+def test_what_a_configuration_must_say(changes, message):
+    with pytest.raises(ValueError, match=message):
+        tiny_config(**{**QUERIES, **changes})
