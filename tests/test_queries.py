@@ -1,4 +1,4 @@
-"""Learnable queries and expert gates: routed with visual tokens, in all kinds of prompts; absent where not asked for."""
+"""Learnable queries and expert gates: routed with visual tokens, in all kinds of prompts; absent where not asked."""
 
 import copy
 
