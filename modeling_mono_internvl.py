@@ -29,11 +29,9 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import nn
-from torch.nn import functional as F
 from transformers import initialization as init
 from transformers.activations import ACT2FN
 from transformers.cache_utils import Cache, DynamicCache
-from transformers.integrations import use_kernel_forward_from_hub
 from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.modeling_outputs import BaseModelOutputWithPast, BaseModelOutputWithPooling
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS, PreTrainedModel
@@ -60,15 +58,15 @@ from .compat_mono_internvl import (
 from .configuration_mono_internvl import MonoInternVLConfig, MonoInternVLTextConfig
 from .experts_mono_internvl import routed_feed_forward, routed_linears
 from .generation_mono_internvl import MonoInternVLGenerationMixin
-from .image_processing_mono_internvl import patchify
 from .loading_mono_internvl import SavingMixin, StrictLoadingMixin, refuse_unknown
+from .norm_mono_internvl import MonoInternVLRMSNorm
 from .output_head_mono_internvl import MonoInternVLOutputHead
 from .outputs_mono_internvl import MonoInternVLCausalLMOutputWithPast, MonoInternVLModelOutputWithPast
 from .prompt_mono_internvl import place_images
 from .queries_mono_internvl import MonoInternVLLearnableQueries, refuse_broken_blocks
 from .rope_mono_internvl import MonoInternVLRotaryEmbedding, rotate, signed
 from .training_mono_internvl import empty_tiles, make_drop_path, next_token_loss, refuse_cache
-from .vision_mono_internvl import MonoInternVLMultiModalProjector, MonoInternVLVisionEmbeddings
+from .vision_mono_internvl import MonoInternVLMultiModalProjector, MonoInternVLVisionEmbeddings, as_patches
 from .weight_mapping_mono_internvl import register_checkpoint_mapping
 
 
@@ -107,19 +105,6 @@ def make_routing_plan(
 
 
 # ---------------------------------------------------------------------------------------------------------- decoder
-
-
-@use_kernel_forward_from_hub("RMSNorm")
-class MonoInternVLRMSNorm(nn.Module):
-    """RMSNorm in float32, cast back, then weighted; `from_pretrained(use_kernels=True)` may replace its forward."""
-
-    def __init__(self, hidden_size: int, eps: float):
-        super().__init__()
-        self.weight = nn.Parameter(torch.ones(hidden_size))
-        self.variance_epsilon = eps
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return self.weight * F.rms_norm(x, x.shape[-1:], eps=self.variance_epsilon)
 
 
 class MonoInternVLAttention(nn.Module):
@@ -406,14 +391,7 @@ class MonoInternVLModel(MonoInternVLPreTrainedModel):
         Returns:
             `last_hidden_state` [tiles, P, 4 * C] before and `pooler_output` [tiles, P, H] after the projector.
         """
-        if pixel_values.dim() == 4:
-            pixel_values = patchify(pixel_values)
-        elif pixel_values.dim() != 3:
-            raise ValueError(
-                "pixel_values must be [tiles, patches, 3*28*28] or [tiles, 3, side, side], "
-                f"got {tuple(pixel_values.shape)}"
-            )
-        embedded = self.vision_embeddings(pixel_values)
+        embedded = self.vision_embeddings(as_patches(pixel_values))
         return BaseModelOutputWithPooling(
             last_hidden_state=embedded, pooler_output=self.multi_modal_projector(embedded)
         )
@@ -462,8 +440,8 @@ class MonoInternVLModel(MonoInternVLPreTrainedModel):
         keep: int | None,
         query_mask: torch.Tensor | None,
     ) -> tuple[RoutingPlan | None, int | None]:
-        """The plan for this forward; and `keep`, or None where one of the last `keep` positions is visual or a query or,
-        in a graph, may be.
+        """The plan for this forward; and `keep`, or None where one of the last `keep` positions is visual or a query
+        or, in a graph, may be.
 
         Args:
             visual_mask: bool [B, T]. visual_embeds: [V, H], or None where `inputs_embeds` holds them already.

@@ -8,6 +8,22 @@ from torch import nn
 from torch.nn import functional as F
 
 from .configuration_mono_internvl import MonoInternVLConfig, MonoInternVLVisionConfig
+from .image_processing_mono_internvl import patchify
+
+
+def as_patches(pixel_values: torch.Tensor) -> torch.Tensor:
+    """Tiles [tiles, 3, side, side] or their patches -> patches [tiles, P, 3*s*s].
+
+    Raises:
+        ValueError: neither of them.
+    """
+    if pixel_values.dim() == 4:
+        return patchify(pixel_values)
+    if pixel_values.dim() != 3:
+        raise ValueError(
+            f"pixel_values must be [tiles, patches, 3*28*28] or [tiles, 3, side, side], got {tuple(pixel_values.shape)}"
+        )
+    return pixel_values
 
 
 class MonoInternVLPatchEmbedding(nn.Conv2d):

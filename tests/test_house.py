@@ -14,7 +14,7 @@ FLOORS = (
     *("tokenization", "compat", "tiling", "image_pixels", "image_files", "image_loading", "image_processing"),
     *("configuration_checks", "configuration", "vocabulary", "prompt", "chat_template", "conversation", "encoding"),
     *("processing_options", "processor_loading", "processing", "weight_mapping", "loading"),
-    *("expert_kernels", "experts", "attention", "rope", "vision", "queries", "output_head", "outputs"),
+    *("expert_kernels", "experts", "attention", "rope", "vision", "queries", "norm", "output_head", "outputs"),
     *("training_mono_internvl", "generation", "streaming", "chat", "modeling"),
     *("common", "plates", "conversion", "evaluation", "training", "serving", "benchmarks", "cli"),
 )
