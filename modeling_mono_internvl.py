@@ -332,15 +332,16 @@ class MonoInternVLTextModel(MonoInternVLPreTrainedModel):
         cache = one_cache(cache, past_key_values)
         if self.gradient_checkpointing and self.training and torch.is_grad_enabled():
             refuse_cache(cache)
-            cache = None
-        elif use_cache and cache is None:
-            cache = DynamicCache(config=self.config)
+            cache, use_cache = None, False
         # Samples packed into one row show only in positions that the caller gives, which begin anew; the default, made
         # below, never does.
         samples = packed_samples(self.config, inputs_embeds.shape[0], attention_mask, cache, position_ids)
         mask = None
         if samples is None:
             mask = make_attention_mask(self.config, inputs_embeds, attention_mask, cache, position_ids)
+        if use_cache and cache is None:
+            # Not before: with a cache, and be it empty, transformers does not look for packed samples.
+            cache = DynamicCache(config=self.config)
         if position_ids is None:
             past = 0 if cache is None else cache.get_seq_length()
             position_ids = torch.arange(inputs_embeds.shape[1], device=inputs_embeds.device).unsqueeze(0) + past

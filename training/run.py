@@ -21,6 +21,7 @@ from ..tiling_mono_internvl import count_tiles
 from ..training_mono_internvl import make_drop_path
 from .backend import Backend, choose_backend
 from .checkpoints import checkpoints
+from .distillation import Distiller, read_distillation
 from .groups import count_parameters, linear_modules, train_only
 from .loading import Batches, Conversations, Key, UnitBatches, mixture, one_pass, packed
 from .sources import Source, open_sources
@@ -107,6 +108,7 @@ def run_stage(
         tell(line)
     tell(f"  {backend}")
 
+    distiller = _distiller(stage, model, kept[-1] if kept else None, world_size)
     trainer = make_trainer(
         stage,
         trained,
@@ -118,6 +120,7 @@ def run_stage(
         tokens_per_tile=processor.tokens_per_tile,
         processing_class=processor,
         callbacks=[Progress(tell)],
+        distiller=distiller,
     )
     trainer.train(resume_from_checkpoint=str(kept[-1]) if kept else None)
     read, bad = trainer.count_samples()
@@ -133,6 +136,22 @@ def run_stage(
     _save(trainer, processor, stage, output)
     tell(f"finished: {output}")
     return output
+
+
+def _distiller(stage: Stage, model: Any, checkpoint: Path | None, processes: int) -> Distiller | None:
+    """What the stage's queries learn from, as it was in the checkpoint."""
+    if stage.distillation is None:
+        return None
+    options = read_distillation(stage.distillation)
+    if options.projection == "trained" and processes > 1:
+        # It is no part of the model, whose gradients DDP, FSDP and ZeRO add up.
+        raise ValueError(f"distillation: projection trained is for one process, not {processes}; random goes with all")
+    if not isinstance(model, MonoInternVLForCausalLM):
+        raise ValueError("distillation: a dense language model has no learnable queries")
+    distiller = Distiller(options, model.config, PartialState().device)
+    if checkpoint is not None:
+        distiller.load(checkpoint)
+    return distiller
 
 
 def make_trainer(

@@ -20,6 +20,7 @@ import yaml
 
 from ..common.parameters import GROUPS
 from ..configuration_mono_internvl import VISUAL_ATTENTION_EXPERTS
+from .distillation import read_distillation
 
 
 RECIPES = Path(__file__).with_name("recipes")
@@ -55,6 +56,8 @@ class Stage:
         drop_path: stochastic depth while training, growing linearly with depth up to this share.
         attn_implementation: name of an attention backend; auto: flex_attention for packs on CUDA, else the model's own.
         compile: compile each decoder layer; auto: for packs with flex_attention on CUDA (`backend.choose_backend`).
+        distillation: `{"teacher": FOLDER, "weight": 1.0, "projection": "random"}`: what learnable queries learn from
+            (`distillation.Distillation`).
         lora: `{"groups": [...], "r": 16, "alpha": 32, "dropout": 0.0}`: adapters instead of full training of `trains`.
         save_dtype: of the finished model, float32 or bfloat16.
         on_bad_sample: error, or skip: leave it out, count it and log its name; the run fails above `max_bad_share`.
@@ -91,6 +94,7 @@ class Stage:
     gradient_checkpointing: bool = True
     attn_implementation: str = "auto"
     compile: str | bool = "auto"
+    distillation: dict | None = None
     lora: dict | None = None
     on_bad_sample: str = "error"
     max_bad_share: float = 0.01
@@ -150,6 +154,8 @@ class Stage:
             raise ValueError(f"min_lr_rate: the schedule {self.schedule} ends at 0; it belongs to cosine_with_min_lr")
         if self.packing and self.padding_free:
             raise ValueError("padding_free: packs hold no padding already; set packing: false, or leave this out")
+        if self.distillation is not None:
+            read_distillation(self.distillation)
         if not self.data:
             raise ValueError("data: name at least one source")
         if sum(value is not None for value in (self.model, self.dense)) != 1:

@@ -11,8 +11,10 @@ from torch.utils.data import DataLoader
 from transformers import PrinterCallback, TrainerCallback
 
 from ..common.compiling import compile_layers, uncompile_layers
+from ..modeling_mono_internvl import MonoInternVLModel
 from .checkpoints import WholeCheckpoints
 from .data import IGNORED
+from .distillation import Distiller
 from .loading import Batches, Conversations, UnitBatches
 from .records import BadSample
 
@@ -52,6 +54,7 @@ class EViPTrainer(WholeCheckpoints):
         conversations, batches, micro_batches: data set, collator and sampler.
         max_bad_share: the run fails when more of the samples read were bad.
         compiles: compile each decoder layer for as long as it trains.
+        distiller: what the learnable queries learn from, if they do.
     """
 
     def __init__(
@@ -62,15 +65,21 @@ class EViPTrainer(WholeCheckpoints):
         micro_batches: UnitBatches,
         max_bad_share: float = 0.01,
         compiles: bool = False,
+        distiller: Distiller | None = None,
         **kwargs: Any,
     ):
         self.micro_batches, self.max_bad_share = micro_batches, max_bad_share
         self.samples_read, self.bad_samples, self.waited = 0, 0, 0.0
+        self.distiller, self._blocks = distiller, 1
+        self._distilled, self._logged_step = torch.zeros(()), 0
         super().__init__(train_dataset=conversations, data_collator=batches, **kwargs)
         # Progress tells what is logged; this one prints it once more, to stdout.
         self.remove_callback(PrinterCallback)
         if compiles:
             self.add_callback(CompiledLayers)
+        if distiller is not None:
+            decoders = [module for module in kwargs["model"].modules() if isinstance(module, MonoInternVLModel)]
+            decoders[0].register_forward_hook(self._keep_hidden)
         # The loss below divides by the step's weights itself.
         self.model_accepts_loss_kwargs = True
         # A dense language model, in the text stage, has no place for pixels.
@@ -116,9 +125,30 @@ class EViPTrainer(WholeCheckpoints):
         if not batch_samples:
             return None
         total = torch.stack([batch["loss_weights"].sum() for batch in batch_samples]).sum().to(device)
+        if self.distiller is not None:
+            blocks = torch.tensor(
+                sum(self.distiller.count(batch["input_ids"]) for batch in batch_samples), device=device
+            )
+            self._blocks = max(int(self.accelerator.gather(blocks).sum()), 1)
         if self.args.world_size > 1:
             total = self.accelerator.gather(total).sum()
         return total.clamp(min=1e-6)
+
+    def _keep_hidden(self, module: torch.nn.Module, inputs: Any, outputs: Any) -> None:
+        self._hidden = outputs.last_hidden_state
+
+    def create_optimizer(self, *args: Any, **kwargs: Any) -> torch.optim.Optimizer:
+        """As in transformers, with what the distiller trains as a group of its own."""
+        optimizer = super().create_optimizer(*args, **kwargs)
+        if self.distiller is not None and self.distiller.parameters:
+            optimizer.add_param_group({"params": self.distiller.parameters, "weight_decay": 0.0})
+        return optimizer
+
+    def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
+        """As in transformers; a checkpoint, not a finished model, also holds what the distiller trains."""
+        super().save_model(output_dir, _internal_call)
+        if _internal_call and self.distiller is not None and self.is_world_process_zero():
+            self.distiller.save(output_dir or self.args.output_dir or ".")
 
     def compute_loss(
         self,
@@ -140,6 +170,10 @@ class EViPTrainer(WholeCheckpoints):
         outputs = model(**inputs, use_cache=False, logits_to_keep=places)
         loss = _cross_entropy_sum(outputs.logits, labels[:, places + 1], weights[:, places + 1])
         loss = loss / (weights.sum().clamp(min=1e-6) if num_items_in_batch is None else num_items_in_batch)
+        if self.distiller is not None:
+            distilled = self.distiller.loss(self._hidden, inputs["input_ids"], inputs["pixel_values"]) / self._blocks
+            self._distilled = distilled.detach() + self._distilled.to(distilled.device)
+            loss = loss + self.distiller.options.weight * distilled
         if num_items_in_batch is not None:
             # Gradients are averaged over the ranks, the total is of all of them.
             loss = loss * self.accelerator.num_processes
@@ -150,6 +184,10 @@ class EViPTrainer(WholeCheckpoints):
             logs["data_wait_s"] = round(self.waited, 3)
             logs["bad_samples"] = self.count_samples()[1]
             self.waited = 0.0
+            if self.distiller is not None:
+                steps = max(self.state.global_step - self._logged_step, 1)
+                logs["distillation_loss"] = round(self._distilled.item() / steps, 6)
+                self._distilled, self._logged_step = torch.zeros(()), self.state.global_step
         super().log(logs, *args, **kwargs)
 
     def count_samples(self) -> tuple[int, int]:

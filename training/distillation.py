@@ -1,0 +1,226 @@
+"""Distillation of a vision tower into learnable queries (BREEN, arXiv 2503.12446): a loss of training alone.
+
+For each block of queries and the picture that it stands for
+
+    t_g = W LayerNorm(average-pool_g(patch features of the teacher))      a grid g of the queries, [g * g, H]
+    L   = sum over the grids of 1 - mean cosine(h_g, t_g)
+
+h are the last hidden states one position before each query, as those that predict a token stand one before it. The
+teacher sees the whole picture squeezed into a square: the thumbnail, or the only tile. It is any vision tower that
+transformers loads, in float32 (CLIP overflows in less), and never a part of the model or of its checkpoints.
+"""
+
+import itertools
+import os
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from safetensors.torch import load_file, save_file
+from torch import nn
+from torch.nn import functional as F
+from transformers import AutoConfig, AutoModel
+from transformers.image_processing_base import ImageProcessingMixin
+
+from ..configuration_mono_internvl import MonoInternVLConfig
+from ..image_processing_mono_internvl import unpatchify
+
+
+PROJECTIONS = ("random", "trained")
+# Of a checkpoint, beside the model's own files.
+FILE = "distillation.safetensors"
+
+
+@dataclass(frozen=True)
+class Distillation:
+    """A recipe's `distillation`.
+
+    Args:
+        teacher: folder or Hub id of a model with a vision tower (CLIP, SigLIP, DINOv2 and the like).
+        weight: of the loss, beside 1 for the cross-entropy.
+        projection: W stays as it was drawn (`random`, as in the released code, which freezes it) or is trained.
+        seed: W is drawn from it.
+    """
+
+    teacher: str
+    weight: float = 1.0
+    projection: str = "random"
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        if not isinstance(self.teacher, str) or not self.teacher:
+            raise ValueError(f"distillation: teacher={self.teacher!r} must be a folder or a Hub id")
+        if isinstance(self.weight, bool) or not isinstance(self.weight, (int, float)) or not 0 < self.weight < 1e6:
+            raise ValueError(f"distillation: weight={self.weight!r} must be a positive number")
+        if self.projection not in PROJECTIONS:
+            raise ValueError(f"distillation: projection={self.projection!r} must be one of {', '.join(PROJECTIONS)}")
+
+
+class Block(NamedTuple):
+    """A block of queries: its row and first position, and the tile that shows its picture whole."""
+
+    row: int
+    first: int
+    tile: int
+
+
+def find_blocks(input_ids: torch.Tensor, config: MonoInternVLConfig) -> Iterator[Block]:
+    """The blocks of a batch, int64 [B, T], that stand for one picture; those behind several have no target.
+
+    A picture is an unbroken run of placeholders, whose last tile is its thumbnail or its only one. A block stands for
+    the pictures between it and the block before it in its row.
+    """
+    per_tile, tiles = config.vision_config.tokens_per_tile, 0
+    for row, ids in enumerate(input_ids.tolist()):
+        place, pictures = 0, []
+        for token, run in itertools.groupby(ids):
+            length = len(list(run))
+            if token == config.image_token_id:
+                tiles += length // per_tile
+                pictures.append(tiles - 1)
+            elif token == config.query_token_id:
+                # Neighbouring blocks make one run; those behind the first have no picture of their own.
+                if len(pictures) == 1:
+                    yield Block(row, place, pictures[0])
+                pictures = []
+            place += length
+
+
+class Teacher:
+    """A frozen vision tower: tiles of ours -> its patch features as a grid."""
+
+    def __init__(self, name: str, device: torch.device):
+        try:
+            AutoConfig.from_pretrained(name)
+            settings, _ = ImageProcessingMixin.get_image_processor_dict(name)
+            model = AutoModel.from_pretrained(name, dtype=torch.float32)
+        except (OSError, ValueError) as error:
+            raise ValueError(f"the teacher {name} cannot be loaded: {' '.join(str(error).split())}") from error
+        self.tower: Any = getattr(model, "vision_model", model).to(device).eval().requires_grad_(False)
+        config = getattr(self.tower.config, "vision_config", self.tower.config)
+        absent = [
+            key
+            for key in ("image_size", "patch_size", "hidden_size")
+            if not isinstance(getattr(config, key, None), int)
+        ]
+        absent += [key for key in ("image_mean", "image_std") if key not in settings]
+        if absent:
+            raise ValueError(f"the teacher {name} is no vision tower of patches: it does not say {', '.join(absent)}")
+        self.size, self.width = config.image_size, config.hidden_size
+        self.side = config.image_size // config.patch_size
+        self.mean = torch.tensor(settings["image_mean"], device=device).view(3, 1, 1)
+        self.std = torch.tensor(settings["image_std"], device=device).view(3, 1, 1)
+
+    @torch.no_grad()
+    def __call__(self, pictures: torch.Tensor) -> torch.Tensor:
+        """float32 [n, 3, S, S] in 0..1 -> [n, C, side, side]; class and register tokens are left out."""
+        pixels = F.interpolate(pictures, size=(self.size, self.size), mode="bicubic", antialias=True).clamp(0, 1)
+        with torch.autocast(pictures.device.type, enabled=False):
+            features = self.tower(pixel_values=(pixels - self.mean) / self.std).last_hidden_state
+        patches = features[:, -(self.side**2) :]
+        return patches.transpose(1, 2).unflatten(2, (self.side, self.side)).float()
+
+
+class Projection(nn.Module):
+    """Pooled features [n, C, side, side] -> targets [n, g * g, H] of a grid."""
+
+    def __init__(self, width: int, hidden_size: int, seed: int):
+        super().__init__()
+        self.norm = nn.LayerNorm(width)
+        self.linear = nn.Linear(width, hidden_size, bias=False)
+        weight = torch.empty(hidden_size, width).normal_(std=0.02, generator=torch.Generator().manual_seed(seed))
+        self.linear.weight = nn.Parameter(weight)
+
+    def forward(self, features: torch.Tensor, side: int) -> torch.Tensor:
+        pooled = F.adaptive_avg_pool2d(features, side).flatten(2).transpose(1, 2)
+        return self.linear(self.norm(pooled))
+
+
+class Distiller:
+    """The loss of a stage that distils; `loss` is asked once a micro-batch, after the model's forward."""
+
+    def __init__(self, options: Distillation, config: MonoInternVLConfig, device: torch.device):
+        if not config.num_learnable_queries:
+            raise ValueError("distillation: the model has no learnable queries to learn from the teacher")
+        self.options, self.config = options, config
+        self.teacher = Teacher(options.teacher, device)
+        smallest = max(config.query_grids)
+        if self.teacher.side < smallest:
+            raise ValueError(
+                f"distillation: the teacher's {self.teacher.side} x {self.teacher.side} patches are fewer than the "
+                f"{smallest} x {smallest} queries of the finest grid"
+            )
+        self.projection = Projection(self.teacher.width, config.text_config.hidden_size, options.seed).to(device)
+        self.projection.requires_grad_(options.projection == "trained")
+
+    @property
+    def parameters(self) -> list[nn.Parameter]:
+        """What trains beside the model."""
+        return [parameter for parameter in self.projection.parameters() if parameter.requires_grad]
+
+    def count(self, input_ids: torch.Tensor) -> int:
+        return sum(1 for _ in find_blocks(input_ids, self.config))
+
+    def loss(self, hidden: torch.Tensor, input_ids: torch.Tensor, pixel_values: torch.Tensor) -> torch.Tensor:
+        """Sum over the blocks of their L, float32 [].
+
+        Args:
+            hidden: [B, T, H], of the last layer. input_ids: int64 [B, T].
+            pixel_values: [tiles, P, 3*s*s], uint8, or float and normalised as the model's configuration says.
+        """
+        blocks = list(find_blocks(input_ids, self.config))
+        if not blocks:
+            return hidden.sum() * 0.0
+        features = self.teacher(self._pictures(pixel_values[[block.tile for block in blocks]]))
+        total, first = hidden.new_zeros((), dtype=torch.float32), 0
+        for side in self.config.query_grids:
+            places = torch.arange(first - 1, first - 1 + side * side, device=hidden.device)
+            states = torch.stack([hidden[block.row, block.first + places] for block in blocks]).float()
+            targets = self.projection(features, side)
+            total = total + (1 - F.cosine_similarity(states, targets, dim=-1).mean(-1)).sum()
+            first += side * side
+        return total
+
+    def _pictures(self, patches: torch.Tensor) -> torch.Tensor:
+        """[n, P, 3*s*s] -> float32 [n, 3, S, S] in 0..1."""
+        vision = self.config.vision_config
+        tiles = unpatchify(patches)
+        if not patches.is_floating_point():
+            return tiles.float() / 255
+        mean, std = (torch.tensor(x, device=tiles.device).view(3, 1, 1) for x in (vision.image_mean, vision.image_std))
+        return tiles.float() * std + mean
+
+    # ---- checkpoints
+
+    def save(self, folder: str | os.PathLike) -> None:
+        """Write what trains beside the model into a checkpoint's folder."""
+        if self.parameters:
+            tensors = {
+                name: tensor.detach().cpu().contiguous() for name, tensor in self.projection.state_dict().items()
+            }
+            save_file(tensors, Path(folder) / FILE)
+
+    def load(self, folder: str | os.PathLike) -> None:
+        """Read it back.
+
+        Raises:
+            FileNotFoundError: the checkpoint holds none.
+        """
+        if self.parameters:
+            self.projection.load_state_dict(load_file(Path(folder) / FILE))
+
+
+def read_distillation(values: Mapping[str, Any]) -> Distillation:
+    """A recipe's mapping.
+
+    Raises:
+        ValueError: an unknown key, or a value that is not allowed.
+    """
+    known = list(Distillation.__dataclass_fields__)
+    unknown = [key for key in values if key not in known]
+    if unknown or "teacher" not in values:
+        what = f"unknown {', '.join(unknown)}" if unknown else "teacher is missing"
+        raise ValueError(f"distillation: {what}; it knows {', '.join(known)}")
+    return Distillation(**values)
