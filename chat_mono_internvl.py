@@ -78,7 +78,7 @@ class MonoInternVLChatMixin:
         system: str | None = None,
         history: Sequence[Any] | None = None,
         return_history: bool = False,
-        max_tiles: int | None = None,
+        max_tiles: int | str | None = None,
         min_tiles: int | None = None,
         use_thumbnail: bool | None = None,
         max_pixels: int | None = None,
@@ -102,7 +102,7 @@ class MonoInternVLChatMixin:
                 or your own. Prompts keep their marks.
             return_history: also return the history with this turn, in the form it came in (pairs by default).
             max_tiles, min_tiles, use_thumbnail, max_pixels, convert_to_srgb: of the pictures, see the image processor;
-                several pictures share `max_tiles`. Default: the processor's.
+                several pictures share `max_tiles`, "auto" enlarges none. Default: the processor's.
             streamer: gets the answer as it grows: a `transformers` text streamer, or a callable that takes `str`.
                 Pieces are whole characters and join to the answer. A bare streamer (`put`, `end`) gets ids. It is ended
                 also where the call fails.

@@ -1,6 +1,7 @@
 """Whatever a caller calls a picture -> the upright RGB picture a person would see, with Pillow, numpy and torch.
 
     load_image        the one place that interprets a source: PIL image, path, URL, base64, bytes, file, array, ..
+    flatten_pictures  pictures in any nesting -> a list
     at_picture        an error about one of several pictures says which
 
 Nothing of the process is changed: no limit or format of Pillow's, no filter of `warnings`; and nothing of what is
@@ -16,7 +17,7 @@ import os
 import re
 import threading
 import urllib.parse
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -121,6 +122,31 @@ def prefixed(error: Exception, prefix: str) -> Exception:
 def at_picture(error: Exception, number: int, count: int) -> Exception:
     """The same kind of error, whose message says which of several pictures it is about."""
     return error if count == 1 else prefixed(error, f"picture {number} of {count}")
+
+
+def flatten_pictures(images: Any) -> list[Any]:
+    """Pictures in any nesting of sequences, iterators, arrays of objects and 4-D arrays (frames) as one list, in order.
+
+    A file is one picture, though Python can iterate over it.
+    """
+    if isinstance(images, (str, bytes, bytearray, memoryview)) or hasattr(images, "read"):
+        return [images]
+    nested = isinstance(images, (list, tuple, Sequence, Iterator)) or getattr(images, "ndim", 0) >= 4
+    if nested or (isinstance(images, np.ndarray) and images.dtype == object and images.ndim):
+        return [source for item in images for source in flatten_pictures(item)]
+    return [images]
+
+
+def channels_as_said(source: Any, layout: Any) -> Any:
+    """An array whose channels are where `layout` says; without, `load_image` judges by the shape."""
+    if layout is None or not isinstance(source, (np.ndarray, torch.Tensor)) or source.ndim != 3:
+        return source
+    channels = source.shape[0 if layout == "channels_first" else 2]
+    if channels not in (1, 2, 3, 4):
+        raise ValueError(f"array of shape {list(source.shape)} has {channels} channels where {layout} puts them")
+    if isinstance(source, torch.Tensor):
+        return source if layout == "channels_first" else source.permute(2, 0, 1)
+    return source if layout == "channels_last" else source.transpose(1, 2, 0)
 
 
 # ------------------------------------------------------------------------------------------------------------- sources

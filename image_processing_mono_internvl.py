@@ -8,7 +8,7 @@ The pixels equal the released model's bit for bit; see the comment in `_resize` 
 """
 
 import logging
-from collections.abc import Iterator, Sequence
+from numbers import Integral
 from typing import Any
 
 import numpy as np
@@ -19,11 +19,21 @@ from transformers.image_processing_utils import BaseImageProcessor
 from transformers.processing_utils import ImagesKwargs
 
 from .compat_mono_internvl import check_keywords
-from .image_loading_mono_internvl import DEFAULT_MAX_PIXELS, at_picture, exif_orientation, load_image
+from .image_loading_mono_internvl import (
+    DEFAULT_MAX_PIXELS,
+    at_picture,
+    channels_as_said,
+    exif_orientation,
+    flatten_pictures,
+    load_image,
+)
 from .tiling_mono_internvl import (
+    AUTO,
+    DEFAULT_MAX_TILES,
     PATCH_DIM,
     PATCH_SIZE,
     TILE_OPTIONS,
+    AutoTiles,
     check_bool,
     check_positive,
     check_tile_range,
@@ -31,6 +41,7 @@ from .tiling_mono_internvl import (
     choose_grid,
     count_tiles,
     patchify,
+    tile_limit,
     tokens_per_tile,
     unpatchify,
 )
@@ -50,7 +61,7 @@ class MonoInternVLImagesKwargs(ImagesKwargs, total=False):
 
     tile_size: int | None
     min_tiles: int | None
-    max_tiles: int | None
+    max_tiles: int | str | None
     use_thumbnail: bool | None
     max_pixels: int | None
     convert_to_srgb: bool | None
@@ -102,7 +113,8 @@ class MonoInternVLImageProcessor(BaseImageProcessor):
 
     Args:
         tile_size: side S of a tile in pixels, a multiple of 28.
-        min_tiles, max_tiles: allowed tiles of one picture, thumbnail not counted.
+        min_tiles, max_tiles: allowed tiles of one picture, thumbnail not counted. max_tiles="auto" never enlarges: at
+            most max(1, round(width * height / tile_size ** 2)) tiles, and 12.
         use_thumbnail: append the whole picture, resized to one tile, where a picture has more than one tile.
         do_normalize: float32 `(x / 255 - mean) / std`; otherwise the raw uint8 values.
         image_mean, image_std: per channel, for values in 0..1.
@@ -123,7 +135,7 @@ class MonoInternVLImageProcessor(BaseImageProcessor):
         self,
         tile_size: int = 448,
         min_tiles: int = 1,
-        max_tiles: int = 12,
+        max_tiles: int | str = DEFAULT_MAX_TILES,
         use_thumbnail: bool = True,
         do_normalize: bool = True,
         image_mean: "tuple[float, ...] | list[float]" = IMAGENET_MEAN,
@@ -148,7 +160,7 @@ class MonoInternVLImageProcessor(BaseImageProcessor):
         super().__init__(**{key: value for key, value in bookkeeping.items() if key in _SERVICE_KEYS})
         self.tile_size = int(tile_size)
         self.min_tiles = int(min_tiles)
-        self.max_tiles = int(max_tiles)
+        self.max_tiles = int(max_tiles) if isinstance(max_tiles, Integral) else AUTO
         self.use_thumbnail = bool(use_thumbnail)
         self.do_normalize = bool(do_normalize)
         self.image_mean = _three_numbers("image_mean", image_mean)
@@ -190,7 +202,7 @@ class MonoInternVLImageProcessor(BaseImageProcessor):
         images: Any,
         *,
         min_tiles: int | None = None,
-        max_tiles: int | None = None,
+        max_tiles: "int | str | AutoTiles | None" = None,
         use_thumbnail: bool | None = None,
         do_normalize: bool | None = None,
         max_pixels: int | None = None,
@@ -206,6 +218,7 @@ class MonoInternVLImageProcessor(BaseImageProcessor):
             images: one picture, a list, or nested lists (flattened, order kept) of anything `load_image` takes; an
                 array of four dimensions is a batch of pictures. Nothing of it is changed.
             min_tiles, max_tiles: tiles of each picture. A max_tiles below the processor's min_tiles lowers that too.
+                "auto" never enlarges a picture, and never exceeds the processor's max_tiles.
             return_tensors: "pt", "np" or None (as "np", with `num_tiles` as a list).
             **kwargs: transformers' `device` (of "pt" tensors, which are computed on the CPU) and `input_data_format`
                 (of arrays: "channels_first" or "channels_last"); others may say what is done here anyway.
@@ -236,7 +249,7 @@ class MonoInternVLImageProcessor(BaseImageProcessor):
         for index, source in enumerate(sources):
             try:
                 image = load_image(
-                    _channels_as_said(source, kwargs.get("input_data_format")),
+                    channels_as_said(source, kwargs.get("input_data_format")),
                     max_pixels=limit,
                     convert_to_srgb=srgb,
                 )
@@ -277,15 +290,31 @@ class MonoInternVLImageProcessor(BaseImageProcessor):
         height: int,
         width: int,
         *,
-        max_tiles: int | None = None,
+        max_tiles: "int | str | AutoTiles | None" = None,
         min_tiles: int | None = None,
         use_thumbnail: bool | None = None,
     ) -> int:
         """Tiles of a picture of this size in pixels (as `load_image` returns it, so upright), thumbnail counted."""
-        low, high = self._tile_range(min_tiles, max_tiles)
-        cols, rows = choose_grid(width, height, tile_size=self.tile_size, min_tiles=low, max_tiles=high)
+        cols, rows = self.grid_of(width, height, max_tiles=max_tiles, min_tiles=min_tiles)
         thumbnail = self.use_thumbnail if use_thumbnail is None else use_thumbnail
         return count_tiles(cols, rows, thumbnail)
+
+    def grid_of(
+        self,
+        width: int,
+        height: int,
+        *,
+        max_tiles: "int | str | AutoTiles | None" = None,
+        min_tiles: int | None = None,
+    ) -> tuple[int, int]:
+        """(cols, rows) of a picture of this size in pixels, as `load_image` returns it."""
+        low, high = self._tile_range(min_tiles, max_tiles)
+        return choose_grid(width, height, tile_size=self.tile_size, min_tiles=low, max_tiles=high)
+
+    def tile_limit(self, max_tiles: "int | str | AutoTiles | None" = None) -> int:
+        """The most tiles that a picture may get, thumbnail not counted; "auto" keeps within this processor's number."""
+        own = tile_limit(self.max_tiles)
+        return own if max_tiles is None else tile_limit(max_tiles, own)
 
     def get_number_of_image_patches(self, height: int, width: int, images_kwargs: dict | None = None) -> int:
         """`get_number_of_tiles` under the name that transformers and the engines call."""
@@ -313,18 +342,18 @@ class MonoInternVLImageProcessor(BaseImageProcessor):
                 fixed = f", only {_FIXED[key]!r}" if key in _FIXED else ""
                 raise ValueError(f"'{key}' is no option of {type(self).__name__}{fixed}, got {value!r}")
 
-    def _tile_range(self, min_tiles: int | None, max_tiles: int | None) -> tuple[int, int]:
-        high = self.max_tiles if max_tiles is None else max_tiles
-        check_positive("max_tiles", high)
-        low = min(self.min_tiles, high) if min_tiles is None else min_tiles
-        check_tile_range(low, high)
-        return low, high
+    def _tile_range(self, min_tiles: int | None, max_tiles: Any) -> tuple[int, int | AutoTiles]:
+        limit = self.tile_limit(max_tiles)
+        low = min(self.min_tiles, limit) if min_tiles is None else min_tiles
+        check_tile_range(low, limit)
+        counted = isinstance(self.max_tiles if max_tiles is None else max_tiles, Integral)
+        return low, limit if counted else AutoTiles(limit)
 
     def _to_patches(
         self,
         image: Image.Image,
         min_tiles: int,
-        max_tiles: int,
+        max_tiles: int | AutoTiles,
         use_thumbnail: bool,
         max_pixels: int | None,
         dtype: torch.dtype,
@@ -358,31 +387,6 @@ def _cut(image: Image.Image, out: torch.Tensor, cols: int, rows: int, p: int) ->
     """Write the patches of a picture of rows x cols tiles into `out`, [rows*cols, p*p, 3*28*28] of any dtype."""
     pixels = torch.from_numpy(np.array(image)).view(rows, p, PATCH_SIZE, cols, p, PATCH_SIZE, 3)
     out.view(rows, cols, p, p, 3, PATCH_SIZE, PATCH_SIZE).copy_(pixels.permute(0, 3, 1, 4, 6, 2, 5))
-
-
-def flatten_pictures(images: Any) -> list[Any]:
-    """Pictures in any nesting of sequences, iterators, arrays of objects and 4-D arrays (frames) as one list, in order.
-
-    A file is one picture, though Python can iterate over it.
-    """
-    if isinstance(images, (str, bytes, bytearray, memoryview)) or hasattr(images, "read"):
-        return [images]
-    nested = isinstance(images, (list, tuple, Sequence, Iterator)) or getattr(images, "ndim", 0) >= 4
-    if nested or (isinstance(images, np.ndarray) and images.dtype == object and images.ndim):
-        return [source for item in images for source in flatten_pictures(item)]
-    return [images]
-
-
-def _channels_as_said(source: Any, layout: Any) -> Any:
-    """An array whose channels are where `layout` says; without, `load_image` judges by the shape."""
-    if layout is None or not isinstance(source, (np.ndarray, torch.Tensor)) or source.ndim != 3:
-        return source
-    channels = source.shape[0 if layout == "channels_first" else 2]
-    if channels not in (1, 2, 3, 4):
-        raise ValueError(f"array of shape {list(source.shape)} has {channels} channels where {layout} puts them")
-    if isinstance(source, torch.Tensor):
-        return source if layout == "channels_first" else source.permute(2, 0, 1)
-    return source if layout == "channels_last" else source.transpose(1, 2, 0)
 
 
 def _chosen(name: str, value: Any, default: bool) -> bool:

@@ -9,6 +9,7 @@ import logging
 import os
 import re
 from collections.abc import Sequence
+from numbers import Integral
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -31,7 +32,7 @@ from .encoding_mono_internvl import MonoInternVLInputs, deal_out, encode, pad, p
 from .image_loading_mono_internvl import prefixed
 from .processing_options_mono_internvl import IMAGE_OPTIONS, collect_options, is_read
 from .processor_loading_mono_internvl import load_parts
-from .tiling_mono_internvl import TILE_OPTIONS
+from .tiling_mono_internvl import TILE_OPTIONS, AutoTiles
 from .vocabulary_mono_internvl import (
     IMAGE_END,
     IMAGE_START,
@@ -270,7 +271,11 @@ class MonoInternVLProcessor(ProcessorMixin):
         return inputs if return_dict else inputs["input_ids"]
 
     def count_tokens(
-        self, messages: Sequence[dict[str, Any]], sizes: Sequence[tuple[int, int]], *, max_tiles: int | None = None
+        self,
+        messages: Sequence[dict[str, Any]],
+        sizes: Sequence[tuple[int, int]],
+        *,
+        max_tiles: int | str | None = None,
     ) -> int:
         """Tokens of one conversation, as `apply_chat_template(..., tokenize=True)` would give, without its pixels.
 
@@ -367,11 +372,12 @@ class MonoInternVLProcessor(ProcessorMixin):
         return inputs
 
     def share_tiles(self, image_options: dict[str, Any], count: int) -> dict[str, Any]:
-        """The pictures of one prompt share its budget of tiles."""
+        """The pictures of one prompt share its budget of tiles; of "auto", the number that it never exceeds."""
         budget = image_options.get("max_tiles", self.image_processor.max_tiles)
-        if count <= 1 or not isinstance(budget, int) or budget < 1:  # the image processor refuses a wrong one
+        share = max(1, self.image_processor.tile_limit(budget) // max(count, 1))
+        if count <= 1:
             return image_options
-        shared = {**image_options, "max_tiles": max(1, budget // count)}
+        shared = {**image_options, "max_tiles": share if isinstance(budget, Integral) else AutoTiles(share)}
         if "min_tiles" in shared:
             shared["min_tiles"] = min(shared["min_tiles"], shared["max_tiles"])
         return shared

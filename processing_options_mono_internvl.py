@@ -9,7 +9,7 @@ from transformers.processing_utils import AudioKwargs, TextKwargs, VideosKwargs
 
 from .compat_mono_internvl import check_keywords
 from .image_processing_mono_internvl import MonoInternVLImagesKwargs
-from .tiling_mono_internvl import TILE_OPTIONS
+from .tiling_mono_internvl import TILE_OPTIONS, check_max_tiles
 
 
 logger = logging.getLogger(__name__)
@@ -110,6 +110,8 @@ def collect_options(
     unusual = {name: options[name] for name in options if name in IMAGE_OPTIONS and name not in _SAID}
     if unusual:
         image_processor([], **unusual)  # refuses what it would refuse beside a picture
+    if "max_tiles" in options:
+        check_max_tiles(options["max_tiles"])
     options = {**defaults, **options}
     _check_lengths(options)
     return options

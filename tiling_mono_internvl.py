@@ -2,6 +2,8 @@
 
     candidate_grids   the grids that a range of tiles allows, in the released order
     choose_grid       size of a picture -> (cols, rows), the grid of square tiles nearest to its aspect ratio
+    auto_tiles        what `max_tiles="auto"` allows a picture: no more tiles than its own pixels fill
+    tile_limit        the most tiles that any picture gets under a `max_tiles`
     count_tiles       its tiles, the thumbnail of the whole picture counted
     tokens_per_tile   visual tokens of a tile
     patchify          tiles -> patches; unpatchify: back
@@ -11,7 +13,7 @@ Legend: S tile side in pixels (448), p = S // 28 patches along a side, D = 3*28*
 
 import functools
 from numbers import Integral
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -22,12 +24,50 @@ PATCH_DIM = 3 * PATCH_SIZE * PATCH_SIZE
 
 # Names of the options that say how a picture is tiled.
 TILE_OPTIONS = ("min_tiles", "max_tiles", "use_thumbnail")
+# As `max_tiles`: a picture is never enlarged.
+AUTO = "auto"
+DEFAULT_MAX_TILES = 12
+
+
+class AutoTiles(NamedTuple):
+    """`max_tiles="auto"` beside the number that it never exceeds; "auto" alone leaves that to whoever reads it."""
+
+    limit: int
 
 
 def check_positive(name: str, value: Any) -> None:
     """Raise ValueError unless it is a whole number of at least 1."""
     if not isinstance(value, Integral) or isinstance(value, bool) or value < 1:
         raise ValueError(f"{name} must be a whole number of at least 1, got {value!r}")
+
+
+def check_max_tiles(value: Any, name: str = "max_tiles") -> None:
+    """Raise ValueError unless it is "auto" or a whole number of at least 1."""
+    if isinstance(value, AutoTiles) or (isinstance(value, str) and value == AUTO):
+        return
+    if not isinstance(value, Integral) or isinstance(value, bool) or value < 1:
+        raise ValueError(f'{name} must be "auto" or a whole number of at least 1, got {value!r}')
+
+
+def tile_limit(max_tiles: Any, otherwise: int = DEFAULT_MAX_TILES) -> int:
+    """The most tiles that any picture gets, thumbnail not counted; of "auto" it is `otherwise`, what holds without it.
+
+    Raises:
+        ValueError: it is neither "auto" nor a whole number of at least 1.
+    """
+    check_max_tiles(max_tiles)
+    if isinstance(max_tiles, AutoTiles):
+        return max_tiles.limit
+    return otherwise if max_tiles == AUTO else int(max_tiles)
+
+
+def auto_tiles(width: int, height: int, tile_size: int) -> int:
+    """The tiles that `max_tiles="auto"` allows a picture of this size in pixels: as many as its own pixels fill.
+
+    max(1, round(width * height / tile_size ** 2)), where Python's `round` takes a half to the even neighbour: 2.5 tiles
+    are 2, 3.5 are 4.
+    """
+    return max(1, round(width * height / tile_size**2))
 
 
 def check_bool(name: str, value: Any) -> None:
@@ -69,14 +109,20 @@ def candidate_grids(min_tiles: int, max_tiles: int) -> tuple[tuple[int, int], ..
 
 
 def choose_grid(
-    width: int, height: int, *, tile_size: int = 448, min_tiles: int = 1, max_tiles: int = 12
+    width: int,
+    height: int,
+    *,
+    tile_size: int = 448,
+    min_tiles: int = 1,
+    max_tiles: "int | str | AutoTiles" = DEFAULT_MAX_TILES,
 ) -> tuple[int, int]:
     """The grid of tiles for a picture: the one whose aspect ratio is nearest to the picture's.
 
     Args:
         width, height: size of the picture in pixels.
         tile_size: side of a tile in pixels; it matters on exact ties only.
-        min_tiles, max_tiles: allowed range of cols * rows, thumbnail not counted.
+        min_tiles, max_tiles: allowed range of cols * rows, thumbnail not counted. "auto": at most `auto_tiles` of the
+            picture, and 12; a picture that has fewer than min_tiles lowers that.
 
     Returns:
         (cols, rows). On an exact tie the grid with more tiles wins if the picture covers more than half of its area.
@@ -88,9 +134,13 @@ def choose_grid(
         raise ValueError(f"width and height of a picture must be at least 1 pixel, got {width}x{height}")
     check_positive("tile_size", tile_size)
     check_tile_range(min_tiles, max_tiles)
+    high = tile_limit(max_tiles)
+    if not isinstance(max_tiles, Integral):
+        high = min(high, auto_tiles(width, height, tile_size))
+    low = min(int(min_tiles), high)
     aspect = width / height
     best, best_distance = (1, 1), float("inf")
-    for cols, rows in candidate_grids(int(min_tiles), int(max_tiles)):
+    for cols, rows in candidate_grids(low, high):
         distance = abs(aspect - cols / rows)
         covers_half = width * height > 0.5 * tile_size * tile_size * cols * rows
         if distance < best_distance or (distance == best_distance and covers_half):
@@ -98,11 +148,12 @@ def choose_grid(
     return best
 
 
-def check_tile_range(min_tiles: int, max_tiles: int) -> None:
+def check_tile_range(min_tiles: Any, max_tiles: Any) -> None:
+    """Raise ValueError unless 1 <= min_tiles <= max_tiles, of which "auto" stands for its limit."""
     check_positive("min_tiles", min_tiles)
-    check_positive("max_tiles", max_tiles)
-    if min_tiles > max_tiles:
-        raise ValueError(f"min_tiles must not exceed max_tiles, got min_tiles={min_tiles} and max_tiles={max_tiles}")
+    limit = tile_limit(max_tiles)
+    if min_tiles > limit:
+        raise ValueError(f"min_tiles must not exceed max_tiles, got min_tiles={min_tiles} and max_tiles={limit}")
 
 
 def patchify(tiles: torch.Tensor) -> torch.Tensor:

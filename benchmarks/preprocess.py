@@ -6,7 +6,7 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from ..image_processing_mono_internvl import IMAGENET_MEAN, IMAGENET_STD, MonoInternVLImageProcessor, choose_grid
+from ..image_processing_mono_internvl import IMAGENET_MEAN, IMAGENET_STD, MonoInternVLImageProcessor
 from .measure import Place, interleave, row
 from .peers import preset_config
 
@@ -60,7 +60,7 @@ def run_preprocess(
     rows = []
     for width, height in sizes:
         picture = photograph(width, height)
-        grid = choose_grid(width, height, max_tiles=processor.max_tiles)
+        grid = processor.grid_of(width, height)
         times = interleave(
             {
                 "resizes": partial(resizes, picture, *grid, side),

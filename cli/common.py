@@ -33,7 +33,12 @@ ModelOption = Annotated[
     str | None, typer.Option("--model", metavar="MODEL", help="model folder or Hub id  [default: the bundled nano]")
 ]
 MaxTilesOption = Annotated[
-    int | None, typer.Option(min=1, metavar="N", help="most tiles of the pictures  [default: the model's]")
+    Any,  # int | str | None, of which typer reads no union
+    typer.Option(
+        parser=lambda text: read_max_tiles(text),
+        metavar="N|auto",
+        help="most tiles of the pictures; auto enlarges none  [default: the model's]",
+    ),
 ]
 MaxPixelsOption = Annotated[int, typer.Option(min=1, metavar="N", help="refuse pictures with more pixels")]
 DeviceOption = Annotated[str, typer.Option(metavar="DEVICE", help="auto, cpu, cuda, cuda:N or mps")]
@@ -42,6 +47,20 @@ ImageTokenOption = Annotated[
     int | None,
     typer.Option(min=0, metavar="ID", help="id of <IMG_CONTEXT>, for official checkpoints with another vocabulary"),
 ]
+
+
+def read_max_tiles(text: Any) -> int | str:
+    """The number of `--max-tiles`, or "auto".
+
+    Raises:
+        typer.BadParameter: neither; click names the option.
+    """
+    word = str(text).strip()
+    if word == "auto":
+        return word
+    if not (word.isascii() and word.isdigit() and int(word)):
+        raise typer.BadParameter(f"{word!r} is not allowed: give auto or a whole number of at least 1")
+    return int(word)
 
 
 # ------------------------------------------------------------------------------------------------------------ messages

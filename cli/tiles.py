@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from .chat import load_picture
-from .common import DEFAULT_MAX_PIXELS, MaxPixelsOption, quiet_libraries, status
+from .common import DEFAULT_MAX_PIXELS, MaxPixelsOption, MaxTilesOption, quiet_libraries, status
 
 
 if TYPE_CHECKING:
@@ -21,9 +21,7 @@ def tiles(
     tile_size: Annotated[
         int | None, typer.Option(min=28, metavar="PX", help="side of a tile, a multiple of 28  [default: 448]")
     ] = None,
-    max_tiles: Annotated[
-        int | None, typer.Option(min=1, metavar="N", help="most tiles, thumbnail not counted  [default: 12]")
-    ] = None,
+    max_tiles: MaxTilesOption = None,
     min_tiles: Annotated[int | None, typer.Option(min=1, metavar="N", help="fewest tiles  [default: 1]")] = None,
     thumbnail: Annotated[
         bool | None, typer.Option("--thumbnail/--no-thumbnail", help="the whole picture as the last tile")
@@ -40,9 +38,11 @@ def tiles(
 
         check_picture_output(out)
         image = load_picture(picture, max_pixels)
-        given = {"tile_size": tile_size, "max_tiles": max_tiles, "min_tiles": min_tiles, "use_thumbnail": thumbnail}
+        # "auto" keeps within the number that holds without it, so that it is said in the call.
+        auto, most = (max_tiles, None) if isinstance(max_tiles, str) else (None, max_tiles)
+        given = {"tile_size": tile_size, "max_tiles": most, "min_tiles": min_tiles, "use_thumbnail": thumbnail}
         processor = _make_processor(model, {name: value for name, value in given.items() if value is not None})
-        tiling, seen = cut(image, processor)
+        tiling, seen = cut(image, processor, max_tiles=auto)
         drawing = draw_tiling(Path(picture).name if len(picture) < 200 else "picture", tiling, seen)
     with written_whole(out) as temporary:
         drawing.save(temporary)

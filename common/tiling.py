@@ -7,7 +7,7 @@ from typing import Any
 
 from PIL import Image, ImageDraw
 
-from ..image_processing_mono_internvl import PATCH_SIZE, MonoInternVLImageProcessor, choose_grid, unpatchify
+from ..image_processing_mono_internvl import PATCH_SIZE, MonoInternVLImageProcessor, unpatchify
 from .drawing import font
 
 
@@ -41,11 +41,16 @@ class Tiling:
         return self.tiles > self.cols * self.rows
 
 
-def cut(image: Image.Image, processor: MonoInternVLImageProcessor) -> tuple[Tiling, list[Image.Image]]:
-    """The tiling of an RGB picture and its tiles, thumbnail last, put together again from the model's own input."""
-    patches = processor(image, do_normalize=False, return_tensors="pt")["pixel_values"]
+def cut(
+    image: Image.Image, processor: MonoInternVLImageProcessor, **tile_range: Any
+) -> tuple[Tiling, list[Image.Image]]:
+    """The tiling of an RGB picture and its tiles, thumbnail last, put together again from the model's own input.
+
+    `tile_range`: min_tiles and max_tiles of this call, as the image processor takes them.
+    """
+    patches = processor(image, do_normalize=False, return_tensors="pt", **tile_range)["pixel_values"]
     side = processor.tile_size
-    cols, rows = choose_grid(*image.size, tile_size=side, min_tiles=processor.min_tiles, max_tiles=processor.max_tiles)
+    cols, rows = processor.grid_of(*image.size, **tile_range)
     arrays = unpatchify(patches).permute(0, 2, 3, 1).contiguous().numpy()
     return Tiling(*image.size, side, cols, rows, len(arrays)), [Image.fromarray(array) for array in arrays]
 

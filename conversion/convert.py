@@ -16,6 +16,7 @@ from ..configuration_mono_internvl import MonoInternVLConfig
 from ..image_processing_mono_internvl import MonoInternVLImageProcessor
 from ..processing_mono_internvl import MonoInternVLProcessor
 from ..processor_loading_mono_internvl import load_image_processor
+from ..tiling_mono_internvl import AUTO
 from .files import (
     copy_licences,
     has_tokenizer,
@@ -200,6 +201,12 @@ def _check_official_can_hold(config: MonoInternVLConfig, folder: Path) -> None:
 
 def official_config(config: MonoInternVLConfig, image_processor: MonoInternVLImageProcessor) -> dict[str, Any]:
     """The official `config.json`: the keys that the released code, engines and frameworks read."""
+    if image_processor.max_tiles == AUTO:
+        logger.warning(
+            'max_tiles="auto" has no place in the official layout: max_dynamic_patch is %d, which also enlarges small '
+            "pictures",
+            image_processor.tile_limit(),
+        )
     text, vision = config.text_config, config.vision_config
     rope = text.rope_parameters
     dtype = str(config.dtype).removeprefix("torch.")
@@ -230,7 +237,7 @@ def official_config(config: MonoInternVLConfig, image_processor: MonoInternVLIma
         "image_start_token_id": config.image_start_token_id,
         "image_token_id": config.image_token_id,
         "llm_config": dict(sorted(llm.items())),
-        "max_dynamic_patch": image_processor.max_tiles,
+        "max_dynamic_patch": image_processor.tile_limit(),
         "min_dynamic_patch": image_processor.min_tiles,
         "model_type": "internvl_chat",
         "pad2square": False,

@@ -18,7 +18,7 @@ import torch
 from PIL import Image
 from torch.nn import functional as F
 
-from ..image_processing_mono_internvl import choose_grid, load_image
+from ..image_processing_mono_internvl import load_image
 from ..modeling_mono_internvl import MonoInternVLForCausalLM, place_images
 from ..processing_mono_internvl import MonoInternVLProcessor
 from ..tiling_mono_internvl import count_tiles
@@ -62,7 +62,7 @@ def collect_attention(
     question: str,
     *,
     layers: Sequence[int] = (0,),
-    max_tiles: int | None = None,
+    max_tiles: int | str | None = None,
     max_new_tokens: int = 64,
 ) -> AttentionMaps:
     """Answer greedily, then run prompt and answer once more and keep the attention weights.
@@ -114,14 +114,12 @@ def collect_attention(
         finally:
             for hook in hooks:
                 hook.remove()
-    side, least, most = (getattr(processor.image_processor, name) for name in ("tile_size", "min_tiles", "max_tiles"))
-    most = most if max_tiles is None else max_tiles
     return AttentionMaps(
         layers={layer: whole[layer] for layer in layers},
         answer_rows=torch.stack(rows),
         visual=(sequence[0] == model.config.image_token_id).cpu(),
         answer=[processor.tokenizer.decode([i]) for i in answer],
-        grid=choose_grid(*image.size, tile_size=side, min_tiles=min(least, most), max_tiles=most),
+        grid=processor.image_processor.grid_of(*image.size, max_tiles=max_tiles),
     )
 
 

@@ -77,7 +77,7 @@ def evaluate(
     examples: Iterable[tuple[Image.Image, str, str, str]],
     *,
     batch_size: int = 16,
-    max_tiles: int | None = None,
+    max_tiles: int | str | None = None,
     max_new_tokens: int = MAX_NEW_TOKENS,
     progress: Callable[[int], None] | None = None,
 ) -> Results:
@@ -86,7 +86,7 @@ def evaluate(
     Args:
         examples: (picture, category, question, expected answer), as `evaluation_set` yields them.
         batch_size: questions answered at once, padded on the left.
-        max_tiles: most tiles of a picture; default: the processor's.
+        max_tiles: most tiles of a picture, or "auto"; default: the processor's.
         progress: called with the number of questions answered so far.
     """
     start = time.monotonic()
@@ -128,7 +128,7 @@ def answer_batch(
     processor: MonoInternVLProcessor,
     questions: list[tuple[Image.Image, str]],
     *,
-    max_tiles: int | None = None,
+    max_tiles: int | str | None = None,
     max_new_tokens: int = MAX_NEW_TOKENS,
 ) -> list[str]:
     """Greedy answers to (picture, question) pairs, in one batch; the same texts as `chat` gives one by one."""

@@ -5,7 +5,6 @@
 
 from __future__ import annotations
 
-import copy
 import queue
 import re
 import threading
@@ -20,6 +19,7 @@ from ..common.tiling import cut, draw_tiling
 from ..image_processing_mono_internvl import load_image
 from ..modeling_mono_internvl import MonoInternVLForCausalLM, place_images
 from ..processing_mono_internvl import MonoInternVLProcessor
+from ..tiling_mono_internvl import AUTO, AutoTiles
 
 
 if TYPE_CHECKING:
@@ -150,16 +150,17 @@ def messages_of(conversation: Conversation) -> list[dict[str, Any]]:
 
 
 def look(
-    processor: MonoInternVLProcessor, conversation: Conversation, max_tiles: int, limit: int | None = None
+    processor: MonoInternVLProcessor,
+    conversation: Conversation,
+    max_tiles: int | str | AutoTiles,
+    limit: int | None = None,
 ) -> Sight:
     """How the pictures are tiled, and what the conversation costs; the pictures share `max_tiles`, as in `chat`."""
     count = len(conversation.pictures)
-    image_processor = copy.copy(processor.image_processor)
-    image_processor.max_tiles = processor.share_tiles({"max_tiles": max_tiles}, count)["max_tiles"]
-    image_processor.min_tiles = min(image_processor.min_tiles, image_processor.max_tiles)
+    share = processor.share_tiles({"max_tiles": max_tiles}, count)
     drawings, visual = [], 0
     for i, picture in enumerate(conversation.pictures, 1):
-        tiling, seen = cut(picture, image_processor)
+        tiling, seen = cut(picture, processor.image_processor, **share)
         visual += tiling.visual_tokens
         drawings.append((draw_tiling(f"picture {i}", tiling, seen), f"picture {i}: {tiling.visual_tokens} tokens"))
     (ids,) = processor.apply_chat_template(messages_of(conversation), tokenize=True, max_tiles=max_tiles)
@@ -205,7 +206,8 @@ def build_page(model: MonoInternVLForCausalLM, processor: MonoInternVLProcessor,
         message: dict[str, Any],
         shown: list[dict[str, Any]],
         conversation: Conversation,
-        max_tiles: float,
+        most_tiles: float,
+        auto: bool,
         temperature: float,
         top_p: float,
         max_new_tokens: float,
@@ -214,7 +216,8 @@ def build_page(model: MonoInternVLForCausalLM, processor: MonoInternVLProcessor,
         sent = [{"role": "user", "content": {"path": file}} for file in files]
         sent += [{"role": "user", "content": text}] if text.strip() else []
         shown = [*shown, *sent]
-        options: dict[str, Any] = {"max_tiles": int(max_tiles), "max_new_tokens": int(max_new_tokens)}
+        max_tiles = AutoTiles(int(most_tiles)) if auto else int(most_tiles)
+        options: dict[str, Any] = {"max_tiles": max_tiles, "max_new_tokens": int(max_new_tokens)}
         if temperature > 0:
             options |= {"do_sample": True, "temperature": temperature, "top_p": top_p}
         conversation, problems = add_pictures(conversation, files, defaults.max_pixels)
@@ -231,7 +234,7 @@ def build_page(model: MonoInternVLForCausalLM, processor: MonoInternVLProcessor,
                 reply = {"role": "assistant", "content": _GROUNDING_TAG.sub("", written) or "(no answer)"}
                 yield {chat: [*shown, reply], state: longer}
                 asked = longer
-            seen = look(processor, asked, int(max_tiles), limit)
+            seen = look(processor, asked, max_tiles, limit)
             drawn = draw_answer(processor, asked)
         except (ValueError, OSError, MemoryError, RuntimeError) as error:  # torch says RuntimeError of full memory
             # The question goes back into its field; for the model it was never asked.
@@ -286,14 +289,20 @@ def build_page(model: MonoInternVLForCausalLM, processor: MonoInternVLProcessor,
                 )
                 boxed = gr.Image(label="Boxes of the last answer", visible=False, buttons=[], elem_id="boxes")
                 with gr.Accordion("Settings", open=True):
-                    max_tiles = gr.Slider(
-                        *(1, _MOST_TILES), value=defaults.max_tiles, step=1, label="Most tiles (shared by all pictures)"
+                    most_tiles = gr.Slider(
+                        *(1, _MOST_TILES),
+                        value=defaults.tile_limit(),
+                        step=1,
+                        label="Most tiles (shared by all pictures)",
+                    )
+                    auto = gr.Checkbox(
+                        defaults.max_tiles == AUTO, label="auto: no picture is enlarged", elem_id="auto-tiles"
                     )
                     with gr.Row():
                         temperature = gr.Slider(0, 2, value=0, step=0.05, label="Temperature (0: greedy)")
                         top_p = gr.Slider(0.05, 1, value=1, step=0.05, label="Top-p")
                     max_new_tokens = gr.Slider(1, 2048, value=1024, step=1, label="Longest answer (tokens)")
-        settings = [max_tiles, temperature, top_p, max_new_tokens]
+        settings = [most_tiles, auto, temperature, top_p, max_new_tokens]
         outputs = [state, chat, tokens, tiling, boxed, box]
         running = box.submit(respond, [box, chat, state, *settings], outputs)
         stop.click(lambda: gr.MultimodalTextbox(value=None, interactive=True), None, box, cancels=running)

@@ -35,7 +35,7 @@ from vllm.transformers_utils.config import HFConfigParser
 
 from ..configuration_mono_internvl import MonoInternVLConfig
 from ..processing_mono_internvl import MonoInternVLProcessor
-from ..tiling_mono_internvl import TILE_OPTIONS
+from ..tiling_mono_internvl import AUTO, TILE_OPTIONS, AutoTiles
 from .checkpoint import is_mono_internvl, serving_config, stop_token_ids
 from .requests import PLACEHOLDER, pictures_then_text, with_placeholders
 from .vllm_plugin import TOKENIZER_MODE
@@ -214,12 +214,16 @@ class PictureInfo(BaseProcessingInfo):
             raise ValueError(
                 f"mm_processor_kwargs: {', '.join(unknown)} not known; allowed are {', '.join(PICTURE_OPTIONS)}"
             )
+        if options.get("max_tiles") == AUTO:
+            # Of a request it keeps within the server's number, which it takes the place of.
+            server = self.ctx.get_merged_mm_kwargs({}).get("max_tiles")
+            options["max_tiles"] = AutoTiles(self.get_hf_processor().image_processor.tile_limit(server))
         return options
 
     def largest_picture(self) -> tuple[int, int]:
         """(width, height) of a picture that gets every tile there is: one row of `max_tiles` squares."""
         processor = self.get_hf_processor().image_processor
-        tiles = self.tile_options({}).get("max_tiles", processor.max_tiles)
+        tiles = processor.tile_limit(self.tile_options({}).get("max_tiles"))
         return tiles * processor.tile_size, processor.tile_size
 
     def get_mm_max_tokens_per_item(self, seq_len: int, mm_counts: Mapping[str, int]) -> Mapping[str, int]:

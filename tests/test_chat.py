@@ -70,6 +70,22 @@ def test_several_pictures_get_names_and_share_the_tiles(model, chat, monkeypatch
     assert encoded[0].shape[0] == 2  # two pictures share two tiles
 
 
+def test_auto_enlarges_no_picture(model, chat, monkeypatch):
+    """A strip of 180 x 40 px fills 2.3 tiles of 56 px and is blown up to four without it; 224 x 224 px fill them."""
+    tiles = []
+    original = model.model.get_image_features
+    monkeypatch.setattr(
+        model.model,
+        "get_image_features",
+        lambda pixel_values, **kw: tiles.append(len(pixel_values)) or original(pixel_values, **kw),
+    )
+    strip = RED.resize((180, 40))
+    for pictures in (strip, [strip, RED.resize((20, 20))], RED.resize((224, 224))):
+        chat(pictures, "What?", max_tiles="auto", max_new_tokens=1)
+        chat(pictures, "What?", max_new_tokens=1)
+    assert tiles == [3, 5, 4, 4, 5, 5]
+
+
 def test_nothing_is_mutated(chat):
     pictures, history, options = [RED], [("Hi", "hello")], {"do_sample": False, "max_new_tokens": 3}
     before = (list(pictures), list(history), dict(options))
@@ -211,6 +227,7 @@ def test_frames_as_one_array(chat):
     [
         ({"system_prompt": "x"}, TypeError, "system_prompt.*did you mean 'system'"),
         ({"max_tile": 1}, TypeError, "max_tile.*did you mean 'max_tiles'"),
+        ({"max_tiles": "most"}, ValueError, 'max_tiles must be "auto" or a whole number of at least 1'),
         ({"return_dict_in_generate": True}, ValueError, "return_dict_in_generate"),
         ({"num_return_sequences": 2}, ValueError, "num_return_sequences"),
         ({"max_new_tokens": "64"}, ValueError, "max_new_tokens must be a whole number"),

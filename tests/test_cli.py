@@ -90,6 +90,7 @@ def fast() -> float:
         ("paint", 2, "No such command 'paint'"),
         ("chat --modle x Hi", 2, "--modle"),
         ("chat Hi --dtype int8", 2, "int8 is not one of"),
+        ("chat Hi --max-tiles many", 2, "auto or a whole number"),
         ("tiles a.png", 2, "--out"),
         ("expand a b --visual-attention-experts kv", 2, "none, qkv, qkvo"),
         ("convert a b --to ours", 2, "official, native"),
@@ -642,6 +643,58 @@ def test_tiles_command(picture, tmp_path, folder):
     assert "28 visual tokens = 7 x (56/28)^2" in result.stdout
     assert Image.open(out).width > 120
     assert "tiles of 56 px" in run("tiles", picture, "-o", out, "--model", folder).stdout
+
+
+@pytest.mark.parametrize("size", [(50, 50), (112, 56), (56, 140), (320, 240), (2000, 1400)])
+def test_tiles_draws_auto_as_the_processor_cuts(size, tmp_path, folder):
+    """Also with a model whose number is 4, which auto does not exceed."""
+    path, out = tmp_path / "in.png", tmp_path / "out.png"
+    Image.new("RGB", size, "gray").save(path)
+    for options, processor in (
+        (("--tile-size", 56), MonoInternVLImageProcessor(tile_size=56)),
+        (("--model", folder), MonoInternVLProcessor.from_pretrained(folder).image_processor),
+    ):
+        result = run("tiles", path, "-o", out, "--max-tiles", "auto", *options)
+        tiles = processor.get_number_of_tiles(size[1], size[0], max_tiles="auto")
+        assert f"{tiles * 4:,} visual tokens = {tiles} x (56/28)^2" in result.stdout, result.stderr
+        cols, rows = processor.grid_of(*size, max_tiles="auto")
+        assert (f"{cols} x {rows} tiles of 56 px" if cols * rows > 1 else "1 tile of 56 px") in result.stdout
+
+
+@pytest.mark.parametrize("command", ["chat", "tiles", "evaluate", "attention"])
+@pytest.mark.parametrize("wrong", ["0", "-1", "1.5", "Auto", "many", "", "1_0", "²"])
+def test_max_tiles_is_auto_or_a_number_in_every_command(command, wrong):
+    result = run(command, "--max-tiles", wrong)
+    assert result.exit_code == 2
+    assert "give auto or a whole number of at least 1" in " ".join(result.stderr.replace("│", " ").split())
+    assert "N|auto" in run(command, "--help").stdout
+
+
+def test_every_max_tiles_is_the_shared_option():
+    """One rule of reading for all commands, those to come too; `attention` and `evaluate` are heard below."""
+    found = {}
+    for path in sorted((ROOT / "cli").glob("*.py")):
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            if isinstance(node, ast.arg) and node.arg == "max_tiles":
+                found[path.stem] = ast.unparse(node.annotation)
+    assert found.keys() >= {"attention", "chat", "evaluate", "tiles"} and set(found.values()) == {"MaxTilesOption"}
+    assert (common.read_max_tiles("auto"), common.read_max_tiles(" 7 ")) == ("auto", 7)
+
+
+def test_max_tiles_auto_reaches_the_model(picture, folder, tmp_path, monkeypatch):
+    Image.new("RGB", (56, 56), "gray").save(tmp_path / "small.png")
+    seen = []
+    original = MonoInternVLProcessor.apply_chat_template
+    monkeypatch.setattr(
+        MonoInternVLProcessor,
+        "apply_chat_template",
+        lambda *args, **kwargs: seen.append(kwargs["processor_kwargs"]["max_tiles"]) or original(*args, **kwargs),
+    )
+    auto = ("--model", folder, "--max-tiles", "auto")
+    assert run("chat", tmp_path / "small.png", "Hi", "--max-new-tokens", 1, *auto).exit_code == 0
+    run("attention", tmp_path / "small.png", "Hi", "-o", tmp_path / "out.png", "--max-new-tokens", 2, *auto)
+    assert run("evaluate", "--count", 6, *auto).exit_code == 0
+    assert len(seen) >= 3 and set(seen) == {"auto"}
 
 
 def test_tiles_bad_input(picture, tmp_path):

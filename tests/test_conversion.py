@@ -33,6 +33,7 @@ from mono_internvl.conversion import (
     writer,
 )
 from mono_internvl.conversion import plan as plan_module
+from mono_internvl.conversion.convert import official_config
 from mono_internvl.conversion.publish import HfApi, files_left_out, files_to_publish
 from mono_internvl.conversion.source import Checkpoint
 from mono_internvl.conversion.verify import NativeView, embed, last_hidden_states
@@ -620,6 +621,13 @@ def test_native_round_trip(tmp_path, options):
     assert "vision_model.embeddings.class_embedding" in weights(tmp_path / "official")
     again = load(tmp_path / "again")
     assert again.config.text_config.to_dict() == load(tmp_path / "native").config.text_config.to_dict()
+
+
+def test_the_official_layout_has_a_number_for_auto_and_that_is_said(caplog):
+    values = official_config(tiny_model().config, MonoInternVLImageProcessor(56, max_tiles=5))
+    assert values["max_dynamic_patch"] == 5 and not caplog.text
+    values = official_config(tiny_model().config, MonoInternVLImageProcessor(56, max_tiles="auto"))
+    assert values["max_dynamic_patch"] == 12 and 'max_tiles="auto" has no place' in caplog.text
 
 
 def test_official_config_has_what_engines_read(tmp_path):

@@ -13,6 +13,7 @@ from typer.testing import CliRunner
 
 from conftest import ROOT
 from mono_internvl.serving.demo import Conversation, add_pictures, answer, draw_answer, look, question
+from mono_internvl.tiling_mono_internvl import AutoTiles
 from mono_internvl_cli import app
 
 
@@ -110,7 +111,7 @@ def test_a_bad_file_is_named_without_its_folder_and_the_others_are_kept(tmp_path
     assert not kept.pictures and problems[0].startswith("red.png is too large (160x60 = 9,600 pixels)")
 
 
-@pytest.mark.parametrize("max_tiles", [1, 4, 9])
+@pytest.mark.parametrize("max_tiles", [1, 4, 9, "auto", AutoTiles(2), AutoTiles(9)])
 def test_what_is_shown_is_what_the_model_gets(model, processor, max_tiles):
     seen = []
     handle = model.register_forward_pre_hook(lambda m, args, kwargs: seen.append(kwargs), with_kwargs=True)

@@ -28,7 +28,7 @@ from mono_internvl.image_processing_mono_internvl import (
     patchify,
     unpatchify,
 )
-from mono_internvl.tiling_mono_internvl import candidate_grids
+from mono_internvl.tiling_mono_internvl import AutoTiles, auto_tiles, candidate_grids, tile_limit
 
 
 GOLDEN = Path(__file__).parent / "golden" / "preprocess"
@@ -603,6 +603,75 @@ def test_limits_per_call():
             tiles(**options)
 
 
+@pytest.mark.parametrize(
+    ("width", "height", "tiles"),
+    [
+        (1, 1, 1),
+        (28, 56, 1),  # half a tile
+        (56, 84, 2),  # 1.5 tiles: a half goes to the even neighbour, as Python rounds
+        (56, 140, 2),  # 2.5
+        (56, 141, 3),
+        (56, 139, 2),
+        (56, 196, 4),  # 3.5
+        (140, 56, 2),
+        (112, 112, 4),
+        (560, 560, 100),
+    ],
+)
+def test_auto_counts_the_tiles_that_a_picture_fills(width, height, tiles):
+    assert auto_tiles(width, height, 56) == tiles == max(1, round(width * height / 56**2))
+
+
+@pytest.mark.parametrize("limit", [1, 2, 5, 6, 12])
+def test_auto_never_enlarges_and_never_exceeds_what_holds_without_it(limit):
+    """In a call, of a processor made with it, and in the counts: one grid, that of the smaller of two numbers."""
+    processor, made = small(max_tiles=limit), small(max_tiles="auto")
+    for width, height in ((30, 20), (56, 56), (112, 56), (56, 140), (120, 200), (168, 112), (9, 900), (800, 600)):
+        own = auto_tiles(width, height, 56)
+        for used, most, options in (
+            (processor, limit, {"max_tiles": "auto"}),
+            (made, 12, {}),
+            (made, 12, {"max_tiles": "auto"}),
+            (made, limit, {"max_tiles": AutoTiles(limit)}),
+        ):
+            grid = choose_grid(width, height, tile_size=56, max_tiles=min(own, most))
+            assert used.grid_of(width, height, **options) == grid
+            cut = used(noise(width, height), **options)["num_tiles"][0]
+            assert cut == used.get_number_of_tiles(height, width, **options)
+            assert cut == used.get_number_of_image_patches(height, width, options)
+            assert cut == math.prod(grid) + (math.prod(grid) > 1)
+            # A picture is blown up only where it is smaller than a tile, or by half a tile's worth of pixels.
+            assert math.prod(grid) * 56**2 <= max(width * height + 56**2 / 2, 56**2)
+        assert processor.grid_of(width, height) == choose_grid(width, height, tile_size=56, max_tiles=limit)
+        assert choose_grid(width, height, tile_size=56, max_tiles="auto") == made.grid_of(width, height)
+
+
+def test_auto_lowers_min_tiles_and_a_number_is_the_callers():
+    processor = small(min_tiles=2, max_tiles=6)
+    assert processor.grid_of(56, 56) != (1, 1) and processor.grid_of(56, 56, max_tiles="auto") == (1, 1)
+    assert processor.grid_of(56, 56, max_tiles="auto", min_tiles=4) == (1, 1)
+    with pytest.raises(ValueError, match="min_tiles=7 and max_tiles=6"):
+        processor.grid_of(56, 56, max_tiles="auto", min_tiles=7)
+    assert small(max_tiles="auto").grid_of(60, 40) == (1, 1)
+    assert small(max_tiles="auto").grid_of(60, 40, max_tiles=6) == (3, 2)
+    assert (processor.tile_limit(), processor.tile_limit("auto"), processor.tile_limit(9)) == (6, 6, 9)
+    assert small(max_tiles="auto").tile_limit() == tile_limit("auto") == 12
+
+
+@pytest.mark.parametrize("wrong", [0, -1, 2.5, True, "4", "Auto", "", b"auto", [4], (3,), {}])
+def test_a_wrong_max_tiles_names_what_is_allowed(wrong):
+    allowed = 'max_tiles must be "auto" or a whole number of at least 1, got ' + re.escape(repr(wrong))
+    for refuse in (
+        lambda: small(max_tiles=wrong),
+        lambda: small()(noise(5, 5), max_tiles=wrong),
+        lambda: small()([], max_tiles=wrong),
+        lambda: small().get_number_of_tiles(5, 5, max_tiles=wrong),
+        lambda: choose_grid(5, 5, max_tiles=wrong),
+    ):
+        with pytest.raises(ValueError, match=allowed):
+            refuse()
+
+
 def test_raw_pixels_normalise_to_the_same_values():
     picture = noise(123, 77)
     raw = small()(picture, do_normalize=False, return_tensors="pt")
@@ -766,6 +835,17 @@ def test_save_and_load(tmp_path):
     assert MonoInternVLImageProcessor.from_pretrained(tmp_path, max_tiles=7, tile_size=56).max_tiles == 7
     with pytest.raises(ValueError, match="tile_size"):
         MonoInternVLImageProcessor.from_pretrained(tmp_path, tile_size=50)
+
+
+def test_auto_is_saved_and_loaded(tmp_path):
+    small(max_tiles="auto").save_pretrained(tmp_path)
+    assert json.loads((tmp_path / "preprocessor_config.json").read_text())["max_tiles"] == "auto"
+    for loaded in (
+        MonoInternVLImageProcessor.from_pretrained(tmp_path),
+        MonoInternVLImageProcessor.from_pretrained(tmp_path, max_tiles="auto"),
+        MonoInternVLImageProcessor.from_dict({"tile_size": 56}, max_tiles="auto"),
+    ):
+        assert loaded.max_tiles == "auto" and loaded(noise(60, 60))["num_tiles"] == [1]
 
 
 def test_keys_of_other_image_processors_are_dropped(tmp_path, caplog):

@@ -744,6 +744,59 @@ def test_tile_options(tokenizer):
                 encode(processor, ask(*[picture()] * count, "Q"), max_tiles=wrong)
 
 
+@pytest.mark.parametrize("made", [6, "auto"])
+def test_auto_is_at_most_a_pictures_own_number_and_its_share(tokenizer, made):
+    """2x2 and 6x4 tiles' worth of pixels, a small one: alone, and as a prompt's pictures that share the budget."""
+    processor, limit = make(tokenizer, max_tiles=made), 12 if made == "auto" else made
+    pictures = [picture(112, 112), picture(336, 224), picture(40, 30)]
+    own = [4, 24, 1]
+    for count in (1, 2, 3):
+        share = max(1, limit // count)
+        expected = [
+            processor.image_processor.get_number_of_tiles(p.height, p.width, max_tiles=min(most, share))
+            for p, most in zip(pictures[:count], own, strict=False)
+        ]
+        messages = ask(*pictures[:count], "Q")
+        for options in ({"max_tiles": "auto"}, {"images_kwargs": {"max_tiles": "auto"}}, {}):
+            if not options and made != "auto":
+                continue
+            encoded = encode(processor, messages, **options)
+            assert encoded["pixel_values"].shape[0] == sum(expected), (count, options)
+            assert encoded["input_ids"].count(processor.image_token_id) == 4 * sum(expected)
+        text = f"{IMAGE}" * count
+        assert processor(text=text, images=pictures[:count], max_tiles="auto")["pixel_values"].shape[0] == sum(expected)
+        sizes = [(p.height, p.width) for p in pictures[:count]]
+        counted = processor._get_num_multimodal_tokens(image_sizes=[sizes], max_tiles="auto")
+        assert counted["num_image_patches"] == expected
+        widths = [p.size for p in pictures[:count]]
+        assert processor.count_tokens(messages, widths, max_tiles="auto") == len(
+            encode(processor, messages, max_tiles="auto")["input_ids"]
+        )
+    # Each picture is a prompt of its own: the whole budget for each.
+    assert processor(images=pictures, max_tiles="auto")["pixel_values"].shape[0] == sum(
+        processor._get_num_multimodal_tokens(image_sizes=sizes, max_tiles="auto")["num_image_patches"]
+    )
+
+
+def test_auto_in_a_folder(tokenizer, tmp_path):
+    make(tokenizer, max_tiles="auto").save_pretrained(tmp_path / "auto")
+    make(tokenizer, max_tiles=2).save_pretrained(tmp_path / "two")
+    for folder, options in (("auto", {}), ("two", {"max_tiles": "auto"})):
+        loaded = MonoInternVLProcessor.from_pretrained(tmp_path / folder, **options)
+        assert loaded.image_processor.max_tiles == "auto"
+        assert encode(loaded, ask(picture(60, 60), "Q"))["pixel_values"].shape[0] == 1
+        assert encode(loaded, ask(picture(400, 300), "Q"))["pixel_values"].shape[0] == 13
+    with pytest.raises(ValueError, match='max_tiles must be "auto" or a whole number'):
+        MonoInternVLProcessor.from_pretrained(tmp_path / "two", max_tiles="most")
+
+
+def test_a_wrong_max_tiles_is_refused_without_a_picture_too(nano):
+    for wrong in (0, "most", 2.5, [4]):
+        for messages in (ask("Q"), ask(picture(), "Q"), ask(picture(), picture(), "Q")):
+            with pytest.raises(ValueError, match='max_tiles must be "auto" or a whole number of at least 1'):
+                encode(nano, messages, max_tiles=wrong)
+
+
 def test_padding_options(nano):
     text = ["a", "b c d e f g"]
     rows = nano(text=text)["input_ids"]

@@ -20,6 +20,7 @@ from mono_internvl.serving import check_vllm
 from mono_internvl.serving.checkpoint import is_mono_internvl, native_weights, serving_config, stop_token_ids
 from mono_internvl.serving.requests import pictures_then_text, with_placeholders
 from mono_internvl.serving.vllm_plugin import register
+from mono_internvl.tiling_mono_internvl import auto_tiles
 
 
 HAS_VLLM = importlib.util.find_spec("vllm") is not None
@@ -179,6 +180,43 @@ def test_an_unknown_check_is_wrong_usage():
 
 
 # ---- with vLLM
+
+
+@pytest.mark.vllm
+@pytest.mark.parametrize(
+    ("server", "asked", "limit"),
+    [
+        ({}, {}, 4),
+        ({"max_tiles": "auto"}, {}, 4),
+        ({"max_tiles": 2}, {"max_tiles": "auto"}, 2),
+        ({"max_tiles": 9}, {}, 9),
+    ],
+)
+def test_vllm_takes_auto_and_keeps_within_the_servers_number(nano_processor, server, asked, limit):
+    """The nano's number is 4. What memory is planned with is the largest picture that the server may get."""
+    from mono_internvl.serving.vllm_input import PictureInfo
+
+    class Context:
+        @staticmethod
+        def get_merged_mm_kwargs(given):
+            return {**server, **given}
+
+    info = PictureInfo.__new__(PictureInfo)
+    info.ctx, info.get_hf_processor = Context(), lambda **_: nano_processor
+    options, cutter = info.tile_options(asked), nano_processor.image_processor
+    assert info.tile_options(options) == options  # it is read again for each picture
+    most = cutter.tile_limit(server.get("max_tiles"))
+    assert info.get_mm_max_tokens_per_item(1, {}) == {"image": 64 * (most + 1)}
+    auto = "auto" in (server.get("max_tiles"), asked.get("max_tiles"))
+    for height, width in ((150, 100), (240, 160), (900, 900)):
+        own = auto_tiles(width, height, 224) if auto else limit
+        expected = cutter.get_number_of_tiles(height, width, max_tiles=min(own, limit))
+        assert cutter.get_number_of_tiles(height, width, **options) == expected
+        shared = nano_processor.share_tiles(options, 2)
+        expected = cutter.get_number_of_tiles(height, width, max_tiles=min(own, max(1, limit // 2)))
+        assert cutter.get_number_of_tiles(height, width, **shared) == expected
+    with pytest.raises(ValueError, match='max_tiles must be "auto" or a whole number'):
+        cutter.get_number_of_tiles(5, 5, **info.tile_options({"max_tiles": "most"}))
 
 
 @pytest.mark.vllm

@@ -149,6 +149,9 @@ def test_every_recipe_loads_and_the_released_numbers_stand_in_them():
         ({"schedule": "cosin"}, ("schedule", "cosine")),
         ({"steps": "many"}, ("steps", "many", "int")),
         ({"steps": 0}, ("steps", "positive")),
+        ({"max_tiles": "auto"}, ("max_tiles", '"auto" is for answers')),
+        ({"max_tiles": "most"}, ("max_tiles", "most", "int")),
+        ({"expand": {"max_tiles": "most"}}, ("expand: max_tiles", '"auto" or a whole number')),
         ({"learning_rate": "nan"}, ("learning_rate", "positive")),
         ({"log_steps": 0}, ("log_steps", "at least 1")),
         ({"workers": -1}, ("workers", "negative")),
@@ -999,14 +1002,14 @@ def test_two_ddp_processes_give_the_curve_of_one(tmp_path, dense, data):
         (data / f"{name}.jsonl").write_text("\n".join(map(json.dumps, chosen)))
     changes = {"packing": False, "batch_size": 2, "steps": 6, "max_length": 400}
     start = {"patch": 0.02, "position": 1.0}
-    changes["expand"] = {"vision_hidden_size": 16, "tile_size": 56, "max_tiles": 5, "start": start}
+    changes["expand"] = {"vision_hidden_size": 16, "tile_size": 56, "max_tiles": "auto", "start": start}
     path = recipe(tmp_path, dense, data, data=[str(data / "text.jsonl"), str(data / "pictures.jsonl")], **changes)
     stage = load_stage(path)
     order = mixture(open_sources(stage.data), stage.seed)
     firsts = [next(order).source for _ in range(12)]
     assert any(a != b for a, b in zip(firsts[::2], firsts[1::2], strict=True)), "no step has a rank with text alone"
     trained = run_stage(path, runs=tmp_path / "one")
-    assert MonoInternVLProcessor.from_pretrained(trained).image_processor.max_tiles == 5
+    assert MonoInternVLProcessor.from_pretrained(trained).image_processor.max_tiles == "auto"
     done = torchrun("-m", "mono_internvl", "train", str(path), "--runs", str(tmp_path / "two"))
     assert done.returncode == 0, done.stderr
     torch.testing.assert_close(

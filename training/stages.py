@@ -20,6 +20,7 @@ import yaml
 
 from ..common.parameters import GROUPS
 from ..configuration_mono_internvl import VISUAL_ATTENTION_EXPERTS
+from ..tiling_mono_internvl import AUTO, check_max_tiles
 from .distillation import read_distillation
 
 
@@ -43,7 +44,7 @@ class Stage:
             or `{"plate_world": TASK}`.
         trains: names of parameter groups (`common.parameters`).
         visual_attention_experts: give the model these experts while it is expanded (1.5).
-        max_tiles: most tiles of a picture, thumbnail not counted; several pictures of a sample share them.
+        max_tiles: most tiles of a picture, thumbnail not counted, not "auto"; several pictures of a sample share them.
         max_length: most tokens of a sample, and the size of a pack.
         packing: fill packs of `max_length` with several samples; else pad.
         padding_free: instead of padding, join the samples of a micro-batch in one row, as packs are joined.
@@ -106,6 +107,13 @@ class Stage:
     seed: int = 0
 
     def __post_init__(self) -> None:
+        if self.max_tiles == AUTO:  # type: ignore[comparison-overlap]
+            raise ValueError(
+                'max_tiles: "auto" is for answers; training takes a whole number, by which samples are planned'
+            )
+        if (self.expand or {}).get("max_tiles") is not None:
+            # The model's processor keeps it, "auto" too.
+            check_max_tiles((self.expand or {})["max_tiles"], "expand: max_tiles")
         unknown = [group for group in (*self.trains, *(self.lora or {}).get("groups", ())) if group not in GROUPS]
         if unknown:
             raise ValueError(f"trains: {_unknown(unknown[0], GROUPS)}")
@@ -246,6 +254,8 @@ def _fit(key: str, value: Any, hint: Any) -> Any:
             pass
     elif kind is str and isinstance(value, (int, float)) and not isinstance(value, bool):
         return str(value)
+    elif (key, value) == ("max_tiles", AUTO):
+        return value  # refused with its reason
     elif isinstance(value, kind) and not (kind is int and isinstance(value, bool)):
         return value
     raise ValueError(f"{key}: {value!r} is not {kind.__name__}")
