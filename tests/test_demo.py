@@ -12,7 +12,8 @@ from PIL import Image
 from typer.testing import CliRunner
 
 from conftest import ROOT
-from mono_internvl.serving.demo import Conversation, add_pictures, answer, draw_answer, look, question
+from mono_internvl import MonoInternVLImageProcessor, MonoInternVLProcessor
+from mono_internvl.serving.demo import Conversation, add_pictures, answer, build_page, draw_answer, look, question
 from mono_internvl.tiling_mono_internvl import AutoTiles
 from mono_internvl_cli import app
 
@@ -142,6 +143,24 @@ def test_without_gradio_the_command_says_how_to_get_it(monkeypatch):
     done = CliRunner().invoke(app, ["demo"])
     assert done.exit_code == 1
     assert done.stderr == "error: the demo page needs gradio: pip install 'mono-internvl[demo]'\n"
+
+
+def test_the_page_has_a_box_for_auto(model, processor, tmp_path):
+    """What it says goes to the model and into the drawing; the slider's number is not exceeded."""
+    gradio = pytest.importorskip("gradio")
+    RED.resize((180, 40)).save(tmp_path / "strip.png")  # 2.3 tiles of 56 px, blown up to four without it
+    for made in (4, "auto"):
+        own = MonoInternVLProcessor(MonoInternVLImageProcessor(tile_size=56, max_tiles=made), processor.tokenizer)
+        page = build_page(model, own, "tiny")
+        boxes = [block for block in page.blocks.values() if isinstance(block, gradio.Checkbox)]
+        (slider,) = [block for block in page.blocks.values() if str(getattr(block, "label", "")).startswith("Most")]
+        assert [box.value for box in boxes] == [made == "auto"] and slider.value == (12 if made == "auto" else 4)
+        (respond,) = [fn.fn for fn in page.fns.values() if fn.name == "respond"]
+        for most, auto, count in ((4, False, 5), (4, True, 3), (1, True, 1)):
+            sent = {"text": "What?", "files": [str(tmp_path / "strip.png")]}
+            *_, last = respond(sent, [], Conversation(), most, auto, 0, 1, 2)
+            (said,) = [value for value in last.values() if isinstance(value, str)]
+            assert f", {4 * count} of them visual, in 1 picture" in said
 
 
 # ------------------------------------------------------------------------------------------------------- the browser
