@@ -83,6 +83,8 @@ class MonoInternVLChatMixin:
         use_thumbnail: bool | None = None,
         max_pixels: int | None = None,
         convert_to_srgb: bool | None = None,
+        num_frames: int | None = None,
+        fps: float | None = None,
         streamer: Any = None,
         keep_grounding_tags: bool = False,
         processor: Any = None,
@@ -96,13 +98,15 @@ class MonoInternVLChatMixin:
                 one array [frames, H, W, C] or tensor [frames, C, H, W], or None.
             prompt: the question. In a string `<image>` marks a picture's place; pictures without a mark go in front of
                 it; without any picture the word is a word. A list of content parts (`{"type": "text", "text"}`,
-                `{"type": "image"}`) says itself where pictures stand and is never searched for marks.
+                `{"type": "image"}`, `{"type": "video", "video": path}`) says itself where they stand and is never
+                searched for marks.
             system: the system prompt; default: the template's.
             history: earlier (prompt, answer) pairs, or messages `{"role", "content"}`; as an earlier call returned it,
                 or your own. Prompts keep their marks.
             return_history: also return the history with this turn, in the form it came in (pairs by default).
             max_tiles, min_tiles, use_thumbnail, max_pixels, convert_to_srgb: of the pictures, see the image processor;
-                several pictures share `max_tiles`, "auto" enlarges none. Default: the processor's.
+                several share `max_tiles`, "auto" enlarges none. Default: the processor's.
+            num_frames, fps: how many frames of each video, see `read_frames`; default: 8.
             streamer: gets the answer as it grows: a `transformers` text streamer, or a callable that takes `str`.
                 Pieces are whole characters and join to the answer. A bare streamer (`put`, `end`) gets ids. It is ended
                 also where the call fails.
@@ -134,16 +138,10 @@ class MonoInternVLChatMixin:
             "use_thumbnail": use_thumbnail,
             "max_pixels": max_pixels,
             "convert_to_srgb": convert_to_srgb,
+            "num_frames": num_frames,
+            "fps": fps,
         }
-        inputs = processor.apply_chat_template(
-            messages,
-            tokenize=True,
-            return_dict=True,
-            return_tensors="pt",
-            add_generation_prompt=True,
-            processor_kwargs={name: value for name, value in image_options.items() if value is not None},
-        ).to(self._input_device(), self.dtype)  # type: ignore[attr-defined]
-
+        inputs = self._encoded(processor, messages, image_options)
         prompt_length = inputs["input_ids"].shape[1]
         self._check_length(prompt_length, options)
         answer_text = processor.answer_decoder(keep_grounding_tags=keep_grounding_tags)
@@ -304,6 +302,16 @@ class MonoInternVLChatMixin:
         device = next(embedding.parameters()).device
         return torch.device("cpu") if device.type == "meta" else device
 
+    def _encoded(self, processor: Any, messages: list[dict[str, Any]], options: Mapping[str, Any]) -> Any:
+        return processor.apply_chat_template(
+            messages,
+            tokenize=True,
+            return_dict=True,
+            return_tensors="pt",
+            add_generation_prompt=True,
+            processor_kwargs={name: value for name, value in options.items() if value is not None},
+        ).to(self._input_device(), self.dtype)  # type: ignore[attr-defined]
+
     def _check_length(self, prompt_length: int, options: Mapping[str, Any]) -> None:
         text = self.config.text_config  # type: ignore[attr-defined]
         stretch = text.rope_parameters.get("factor", 1.0) if text.rope_parameters["rope_type"] == "dynamic" else 1.0
@@ -311,7 +319,7 @@ class MonoInternVLChatMixin:
         if prompt_length >= limit:
             raise ValueError(
                 f"the conversation has {prompt_length} tokens, more than this model's limit of {limit}; "
-                "shorten it or lower max_tiles"
+                "shorten it or lower max_tiles (num_frames of a video)"
             )
         config = options.get("generation_config")
         longest = options.get("max_length", getattr(config, "max_length", None))

@@ -9,12 +9,20 @@ Nothing that is passed in is changed.
 """
 
 import functools
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from .chat_template_mono_internvl import template_reads
-from .image_processing_mono_internvl import flatten_pictures
-from .prompt_mono_internvl import IMAGE_MARK, check_message_keys, marked_parts, place_images, read_messages
+from .image_loading_mono_internvl import flatten_pictures, prefixed
+from .image_processing_mono_internvl import Frame
+from .prompt_mono_internvl import (
+    IMAGE_MARK,
+    check_message_keys,
+    frame_parts,
+    marked_parts,
+    place_images,
+    read_messages,
+)
 
 
 # As messages name their speakers, and others' code too.
@@ -185,14 +193,18 @@ def _is_sequence(value: Any) -> bool:
 
 
 def read_conversations(
-    conversations: Sequence[Any], batched: bool, images: Any, source: str
+    conversations: Sequence[Any],
+    batched: bool,
+    images: Any,
+    source: str,
+    frames_of: Callable[[dict[str, Any]], list[Frame]],
 ) -> list[tuple[list[dict[str, Any]], list[tuple[str, Any]]]]:
     """Plain messages of each conversation, with a part for each picture, and where the pictures stand and what they
-    are (None where that is not said)."""
+    are (None where that is not said). `frames_of`: a part with a video -> its frames, each a picture of its own."""
     read = [read_messages(messages) for messages in conversations]
     for messages in read:
         check_message_keys(messages, functools.partial(template_reads, source))
-    found = [_take_images(messages) for messages in read]
+    found = [_take_images(messages, frames_of) for messages in read]
     if images is None:
         return found
     groups = [images]
@@ -211,12 +223,14 @@ def read_conversations(
     return filled
 
 
-def _take_images(messages: list[dict[str, Any]]) -> tuple[list[dict[str, Any]], list[tuple[str, Any]]]:
-    """Plain messages whose image parts hold nothing but their type, one for each picture; and where each picture stands
-    and what it is, None where its part does not say.
+def _take_images(
+    messages: list[dict[str, Any]], frames_of: Callable[[dict[str, Any]], list[Frame]]
+) -> tuple[list[dict[str, Any]], list[tuple[str, Any]]]:
+    """Plain messages whose image parts hold nothing but their type, one for each picture and each frame of a video; and
+    where each stands and what it is, None where its part does not say.
 
     Raises:
-        ValueError: a part holds an empty list of pictures.
+        ValueError: a part holds an empty list of pictures; or a video cannot be read, by the place of its part.
     """
     pictures: list[tuple[str, Any]] = []
     plain = []
@@ -225,17 +239,25 @@ def _take_images(messages: list[dict[str, Any]]) -> tuple[list[dict[str, Any]], 
             plain.append(message)
             continue
         parts: list[Any] = []
+        counts: list[int] = []
         for place, part in enumerate(message["content"], start=1):
+            where = f"message {number} ({message['role']}), part {place}"
+            if part["type"] == "video":
+                try:
+                    frames = frames_of(part)
+                except (ValueError, TypeError, OSError, ImportError) as error:
+                    raise prefixed(error, where) from error
+                counts.append(len(frames))
+                pictures += [(where, frame) for frame in frames]
             if part["type"] != "image":
                 parts.append(part)
                 continue
-            where = f"message {number} ({message['role']}), part {place}"
             held = flatten_pictures(part["image"]) if "image" in part else [None]
             if not held:
                 raise ValueError(f"{where}: it holds no picture")
             parts += [{"type": "image"} for _ in held]
             pictures += [(where, picture) for picture in held]
-        plain.append({**message, "content": parts})
+        plain.append({**message, "content": frame_parts(parts, counts) if counts else parts})
     return plain, pictures
 
 

@@ -83,7 +83,7 @@ def load_image(
         check_positive("max_pixels", max_pixels)
     check_bool("convert_to_srgb", convert_to_srgb)
     if isinstance(source, Mapping):
-        source = _of_datasets(source)
+        source = bytes_or_path(source)
     if isinstance(source, Image.Image):
         return _from_pil(source, max_pixels, convert_to_srgb)
     if isinstance(source, (np.ndarray, torch.Tensor)):
@@ -152,14 +152,14 @@ def channels_as_said(source: Any, layout: Any) -> Any:
 # ------------------------------------------------------------------------------------------------------------- sources
 
 
-def _of_datasets(source: Mapping[Any, Any]) -> Any:
-    """An undecoded picture of `datasets`: its bytes, or where there are none its path."""
+def bytes_or_path(source: Mapping[Any, Any], what: str = "picture") -> Any:
+    """An undecoded picture (or video) of `datasets`: its bytes, or where there are none its path."""
     if not source or not set(source) <= {"bytes", "path"}:
         keys = ", ".join(sorted(map(repr, source))) or "no keys"
-        raise TypeError(f"a picture must be given itself, or as a dict of 'bytes' and 'path', got one with {keys}")
+        raise TypeError(f"a {what} must be given itself, or as a dict of 'bytes' and 'path', got one with {keys}")
     data, path = source.get("bytes"), source.get("path")
     if data is None and path is None:
-        raise ValueError("a picture given as a dict of bytes and path has neither")
+        raise ValueError(f"a {what} given as a dict of bytes and path has neither")
     return path if data is None else data
 
 
@@ -189,32 +189,46 @@ _LIKE_A_PATH = re.compile(r"[/\\]|\.\w{1,5}$")
 
 
 def _from_text(source: "str | os.PathLike[str]", max_pixels: int | None, srgb: bool) -> Image.Image:
+    found, name = located(source)
+    if isinstance(found, bytes):
+        return _from_bytes(found, name, max_pixels, srgb)
+    with found.open("rb") as file:
+        return _from_file(file, name, max_pixels, srgb)
+
+
+def located(source: "str | os.PathLike[str]", what: str = "picture") -> "tuple[Path | bytes, str]":
+    """What a text points to, and its name for messages: the path of a file, or the bytes of a URL, a data: URI, a
+    pipe, or of a picture's base64.
+
+    Raises:
+        FileNotFoundError, ConnectionError, ValueError: see `load_image`; `what` says what was expected there.
+    """
     text = os.fsdecode(source)
     if not isinstance(source, str):
-        return _from_path(Path(text), text, max_pixels, srgb)
+        return _checked_path(Path(text), text, what)
     if not text.strip():
-        raise ValueError("a picture's path is an empty string")
+        raise ValueError(f"a {what}'s path is an empty string")
     found = _SCHEME.match(text.lstrip())
     scheme = found.group().lower() if found else ""
     if scheme == "data:":
-        return _from_bytes(_read_data_uri(text), "picture given as data: URI", max_pixels, srgb)
+        return _read_data_uri(text, what), f"{what} given as data: URI"
     if scheme and text.strip()[len(scheme) :].startswith("//"):
         if scheme in ("http:", "https:"):
-            return _from_bytes(_fetch(text.strip()), printable(text), max_pixels, srgb)
+            return _fetch(text.strip(), what), printable(text)
         if scheme != "file:":
             raise ValueError(f"{printable(text)} cannot be fetched: only http, https, file and data: URLs are read")
     if scheme == "file:" and text.strip()[len(scheme) :].startswith("/"):
-        return _from_path(_file_url_path(text.strip()), text, max_pixels, srgb)
-    if len(text) < _LONGEST_PATH and _exists(text):
-        return _from_path(Path(text), text, max_pixels, srgb)
+        return _checked_path(_file_url_path(text.strip()), text, what)
+    if (len(text) < _LONGEST_PATH and _exists(text)) or what != "picture":
+        return _checked_path(Path(text), text, what)
     data = base64_picture(text)
     if data is not None:
-        return _from_bytes(data, "picture given as base64", max_pixels, srgb)
+        return data, "picture given as base64"
     if len(text) > 200 and _START_AS_BASE64.match(text):
         raise ValueError(f"picture given as base64 is no valid base64: {printable(text)}")
     if len(text) >= _LONGEST_PATH:
         raise ValueError(f"{printable(text)} is neither a file nor base64 of a picture ({len(text):,} characters)")
-    return _from_path(Path(text), text, max_pixels, srgb)
+    return _checked_path(Path(text), text, what)
 
 
 def _exists(path: str) -> bool:
@@ -234,20 +248,20 @@ def _file_url_path(url: str) -> Path:
     return Path(path[1:] if os.name == "nt" else path)
 
 
-def _read_data_uri(uri: str) -> bytes:
+def _read_data_uri(uri: str, what: str) -> bytes:
     head, comma, payload = uri.strip().partition(",")
     if not comma:
-        raise ValueError(f"picture given as data: URI has no comma before its data: {printable(uri[:40])}...")
+        raise ValueError(f"{what} given as data: URI has no comma before its data: {printable(uri[:40])}...")
     data = urllib.parse.unquote_to_bytes(payload)
     if "base64" not in (parameter.strip().lower() for parameter in head.split(";")[1:]):
         return data
     try:
         return decode_base64(data)
     except binascii.Error as error:
-        raise ValueError(f"picture given as data: URI is no valid base64: {error}") from error
+        raise ValueError(f"{what} given as data: URI is no valid base64: {error}") from error
 
 
-def _from_path(path: Path, given: str, max_pixels: int | None, srgb: bool) -> Image.Image:
+def _checked_path(path: Path, given: str, what: str) -> "tuple[Path | bytes, str]":
     name = printable(given)
     if "\0" in str(path):
         raise ValueError(f"{name} is not a usable path: it holds a NUL character")
@@ -256,10 +270,11 @@ def _from_path(path: Path, given: str, max_pixels: int | None, srgb: bool) -> Im
             with contextlib.suppress(RuntimeError):  # no such user: there may only be no such file
                 path = path.expanduser()
         if path.is_dir():
-            raise ValueError(f"{name} is a folder, not a picture")
+            raise ValueError(f"{name} is a folder, not a {what}")
         if not path.exists():
-            hint = "" if _LIKE_A_PATH.search(name) else " (text is read as a path, a URL or base64 of a picture)"
-            raise FileNotFoundError(f"no such picture: {name}{hint}")
+            plain = what != "picture" or _LIKE_A_PATH.search(name)
+            hint = "" if plain else " (text is read as a path, a URL or base64 of a picture)"
+            raise FileNotFoundError(f"no such {what}: {name}{hint}")
         regular = path.is_file()
         empty = regular and path.stat().st_size == 0
     except (OSError, UnicodeError) as error:
@@ -267,14 +282,14 @@ def _from_path(path: Path, given: str, max_pixels: int | None, srgb: bool) -> Im
             raise
         raise ValueError(f"{name} is not a usable path: {getattr(error, 'strerror', None) or error}") from error
     if empty:
-        raise ValueError(f"{name} is empty (0 bytes), not a picture")
+        raise ValueError(f"{name} is empty (0 bytes), not a {what}")
+    if regular:
+        return path, name
     with path.open("rb") as file:
-        if regular:
-            return _from_file(file, name, max_pixels, srgb)
         data = file.read(_MAX_DOWNLOAD_BYTES + 1)  # a pipe or a device, which may never end
     if len(data) > _MAX_DOWNLOAD_BYTES:
-        raise ValueError(f"{name} gives more than {_MAX_DOWNLOAD_BYTES // 2**20} MiB, too much for a picture")
-    return _from_bytes(data, name, max_pixels, srgb)
+        raise ValueError(f"{name} gives more than {_MAX_DOWNLOAD_BYTES // 2**20} MiB, too much for a {what}")
+    return data, name
 
 
 def _from_bytes(data: bytes, name: str, max_pixels: int | None, srgb: bool) -> Image.Image:
@@ -355,11 +370,11 @@ def _opened_again(image: Any, file: Any, name: str) -> Any:
     return own
 
 
-def _fetch(url: str) -> bytes:
+def _fetch(url: str, what: str) -> bytes:
     try:
         import httpx
     except ImportError as error:
-        raise ImportError("fetching a picture from a URL needs httpx: pip install httpx") from error
+        raise ImportError(f"fetching a {what} from a URL needs httpx: pip install httpx") from error
     name = printable(url)
     data = bytearray()
     try:
@@ -375,7 +390,7 @@ def _fetch(url: str) -> bytes:
                 data += chunk
                 if len(data) > _MAX_DOWNLOAD_BYTES:
                     raise ValueError(
-                        f"{name} sends more than {_MAX_DOWNLOAD_BYTES // 2**20} MiB, too much for a picture"
+                        f"{name} sends more than {_MAX_DOWNLOAD_BYTES // 2**20} MiB, too much for a {what}"
                     )
     except httpx.HTTPStatusError as error:
         raise ConnectionError(

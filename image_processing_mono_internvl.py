@@ -4,10 +4,11 @@ One bicubic resize to cols*S x rows*S, cut row-major; a thumbnail of the whole p
 one tile; a tile is (S/28)^2 patches, normalised with the ImageNet mean.
 
 Legend: S tile side in pixels (448), p = S // 28 patches along a side, D = 3*28*28 values of a patch.
-The pixels equal the released model's bit for bit; see the comment in `_resize` for the one trap.
+The pixels equal the released model's bit for bit; `resize` says where the one trap is.
 """
 
 import logging
+from dataclasses import dataclass
 from numbers import Integral
 from typing import Any
 
@@ -98,12 +99,28 @@ _OWN_KEYS = frozenset(MonoInternVLImagesKwargs.__annotations__) - frozenset(Imag
 }
 
 
-def _resize(image: Image.Image, width: int, height: int) -> Image.Image:
-    """Bicubic resize, across first and then down.
+@dataclass(frozen=True)
+class Frame:
+    """A picture that is one of a video's: one tile whatever the options say, without a thumbnail."""
+
+    picture: Any
+
+
+def resize(image: Image.Image, width: int, height: int, max_pixels: int | None) -> Image.Image:
+    """Bicubic resize, across first and then down; to its own size it changes nothing.
 
     In one call Pillow 13 goes down first where that is cheaper, and rounds to other pixels than the releases before it.
     A step that changes nothing is only a copy, so two calls give the old result on every version.
+
+    Raises:
+        ValueError: what lies between the steps would hold far more pixels than max_pixels.
     """
+    if max_pixels is not None and width * image.height > max(max_pixels, DEFAULT_MAX_PIXELS):
+        # A strip one pixel wide and millions high passes any limit on its area, but not this far.
+        raise ValueError(
+            f"picture of {image.width}x{image.height} is too narrow: stretched to {width} columns it "
+            f"exceeds the limit max_pixels of {max_pixels:,} pixels"
+        )
     across = image.resize((width, image.height), Image.Resampling.BICUBIC)
     return across.resize((width, height), Image.Resampling.BICUBIC)
 
@@ -216,7 +233,7 @@ class MonoInternVLImageProcessor(BaseImageProcessor):
 
         Args:
             images: one picture, a list, or nested lists (flattened, order kept) of anything `load_image` takes; an
-                array of four dimensions is a batch of pictures. Nothing of it is changed.
+                array of four dimensions is a batch of pictures; a `Frame` is one tile. Nothing of it is changed.
             min_tiles, max_tiles: tiles of each picture. A max_tiles below the processor's min_tiles lowers that too.
                 "auto" never enlarges a picture, and never exceeds the processor's max_tiles.
             return_tensors: "pt", "np" or None (as "np", with `num_tiles` as a list).
@@ -247,13 +264,14 @@ class MonoInternVLImageProcessor(BaseImageProcessor):
         sources = flatten_pictures(images)
         patches, num_tiles = [], []
         for index, source in enumerate(sources):
+            least, most, source = (1, 1, source.picture) if isinstance(source, Frame) else (low, high, source)
             try:
                 image = load_image(
                     channels_as_said(source, kwargs.get("input_data_format")),
                     max_pixels=limit,
                     convert_to_srgb=srgb,
                 )
-                patches.append(self._to_patches(image, low, high, thumbnail, limit, dtype))
+                patches.append(self._to_patches(image, least, most, thumbnail, limit, dtype))
             except (ValueError, TypeError, OSError, ImportError) as error:
                 if len(sources) == 1:
                     raise
@@ -361,18 +379,12 @@ class MonoInternVLImageProcessor(BaseImageProcessor):
         """RGB picture -> 0..255 in `dtype`, [tiles, patches, 3*28*28]; one copy from the resized to the patches."""
         side, p = self.tile_size, self.tile_size // PATCH_SIZE
         cols, rows = choose_grid(*image.size, tile_size=side, min_tiles=min_tiles, max_tiles=max_tiles)
-        if max_pixels is not None and cols * side * image.height > max(max_pixels, DEFAULT_MAX_PIXELS):
-            # A strip one pixel wide and millions high passes any limit on its area, but not this far.
-            raise ValueError(
-                f"picture of {image.width}x{image.height} is too narrow: stretched to {cols * side} columns it "
-                f"exceeds the limit max_pixels of {max_pixels:,} pixels"
-            )
         count = cols * rows
         tiles = count_tiles(cols, rows, use_thumbnail)
         out = torch.empty((tiles, self.patches_per_tile, PATCH_DIM), dtype=dtype, device="cpu")
-        _cut(_resize(image, cols * side, rows * side), out[:count], cols, rows, p)
+        _cut(resize(image, cols * side, rows * side, max_pixels), out[:count], cols, rows, p)
         if tiles > count:
-            _cut(_resize(image, side, side), out[count:], 1, 1, p)
+            _cut(resize(image, side, side, max_pixels), out[count:], 1, 1, p)
         return out
 
 
@@ -419,6 +431,7 @@ MonoInternVLImageProcessor.register_for_auto_class("AutoImageProcessor")
 
 __all__ = [
     "DEFAULT_MAX_PIXELS",
+    "Frame",
     "IMAGENET_MEAN",
     "IMAGENET_STD",
     "MonoInternVLImageProcessor",

@@ -24,6 +24,7 @@ from transformers.utils.quantization_config import QuantizationConfigMixin
 from .compat_mono_internvl import IN_FLOAT16, check_keywords
 from .configuration_mono_internvl import MonoInternVLTextConfig
 from .tiling_mono_internvl import TILE_OPTIONS
+from .video_mono_internvl import VIDEO_OPTIONS
 from .weight_mapping_mono_internvl import checkpoint_mapping
 
 
@@ -138,7 +139,7 @@ def refuse_unknown(what: str, options: Mapping[str, Any]) -> None:
     for name in options:
         if name in MonoInternVLTextConfig.__annotations__ or name in ("rope_scaling", "rope_theta"):
             raise TypeError(f"{name} is a value of text_config: give text_config={{{name!r}: ..}}")
-        if name in (*TILE_OPTIONS, "max_pixels"):
+        if name in (*TILE_OPTIONS, *VIDEO_OPTIONS, "max_pixels"):
             raise TypeError(f"{name} is an option of the processor and of chat, not of the model")
     own = set(inspect.signature(PreTrainedModel.from_pretrained).parameters) - {"model_args", "kwargs"}
     check_keywords(what, options, [*own, *_LOADING])

@@ -8,14 +8,13 @@ stretch (`encoding_`), so that typed text never becomes a control token. A strin
 import logging
 import os
 import re
-from collections.abc import Sequence
-from numbers import Integral
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
 from transformers.feature_extraction_utils import BatchFeature
-from transformers.processing_utils import MultiModalData, ProcessorMixin
+from transformers.processing_utils import ProcessorMixin
 
 from .chat_template_mono_internvl import (
     ALWAYS_VARIABLES,
@@ -26,13 +25,14 @@ from .chat_template_mono_internvl import (
     template_source,
     template_variables,
 )
-from .compat_mono_internvl import check_keywords
 from .conversation_mono_internvl import check_given, list_conversations, marked_conversation, read_conversations
+from .counting_mono_internvl import CountingMixin, frame_counter, sampling_of
 from .encoding_mono_internvl import MonoInternVLInputs, deal_out, encode, pad, placed, truncate
 from .image_loading_mono_internvl import prefixed
-from .processing_options_mono_internvl import IMAGE_OPTIONS, collect_options, is_read
+from .image_processing_mono_internvl import Frame
+from .processing_options_mono_internvl import IMAGE_OPTIONS, collect_options
 from .processor_loading_mono_internvl import load_parts
-from .tiling_mono_internvl import TILE_OPTIONS, AutoTiles
+from .video_mono_internvl import VIDEO_OPTIONS, read_frames
 from .vocabulary_mono_internvl import (
     IMAGE_END,
     IMAGE_START,
@@ -59,7 +59,7 @@ class GroundedBox(NamedTuple):
     box: tuple[float, float, float, float]
 
 
-class MonoInternVLProcessor(ProcessorMixin):
+class MonoInternVLProcessor(CountingMixin, ProcessorMixin):
     """Image processor and tokenizer in one.
 
     Args:
@@ -166,6 +166,8 @@ class MonoInternVLProcessor(ProcessorMixin):
         options = collect_options(
             self.tokenizer, self.image_processor, {"return_tensors": return_tensors, **kwargs}, "the processor"
         )
+        if given := [name for name in VIDEO_OPTIONS if name in options]:
+            raise ValueError(f"{given[0]} is for videos, which stand in messages: call apply_chat_template")
         return_tensors = options.pop("return_tensors", None)
         if text is None:
             image_options = {key: options[key] for key in IMAGE_OPTIONS if key in options}
@@ -202,10 +204,11 @@ class MonoInternVLProcessor(ProcessorMixin):
 
         Args:
             conversation: messages `{"role", "content"}`, or a list of such lists; `read_messages` says in which forms.
-                Content is a string or a list of `{"type": "text", "text"}` and `{"type": "image", "image" | "url" |
-                "path" | "base64"}`; several pictures in one part (frames, a list) are a part each. With `tokenize=True`
-                typed text, that of tools and documents included, never becomes a control token; `<ref>`, `<box>`,
-                `<quad>` and tokens that were added to the tokenizer are content and do.
+                Content is a string or a list of `{"type": "text", "text"}`, `{"type": "image", "image" | "url" |
+                "path" | "base64"}` and `{"type": "video", "video" | "url" | "path"}`, of whose frames each is a picture
+                of one tile; several pictures in one image part are a part each. With `tokenize=True` typed text, that
+                of tools and documents included, never becomes a control token; `<ref>`, `<box>`, `<quad>` and tokens
+                that were added to the tokenizer are content and do.
             chat_template: another template than the processor's own.
             return_assistant_tokens_mask: add `assistant_masks`, 1 where the template says that an assistant writes
                 (`{% generation %}`; else at each answer and its `<|im_end|>`), pictures excepted.
@@ -214,7 +217,8 @@ class MonoInternVLProcessor(ProcessorMixin):
             images: pictures for parts that hold none, in order; one list per conversation where there are several.
             add_generation_prompt: open the answer.
             continue_final_message: leave the last message open, to be continued.
-            processor_kwargs: options of `__call__`; they may also be given directly.
+            processor_kwargs: options of `__call__`, and `num_frames` or `fps` of the videos, of which what a part says
+                itself comes first (`read_frames`); they may also be given directly.
             **kwargs: the template's own variables.
 
         Returns:
@@ -246,11 +250,11 @@ class MonoInternVLProcessor(ProcessorMixin):
             )
         if return_assistant_tokens_mask and tokenize and not return_dict:
             raise ValueError("assistant_masks are returned beside the ids: give return_dict=True")
-        variables["add_generation_prompt"] = add_generation_prompt
-        variables["continue_final_message"] = continue_final_message
+        variables |= {"add_generation_prompt": add_generation_prompt, "continue_final_message": continue_final_message}
         variables.update(template_extras(source, tools, documents))
         conversations, batched = list_conversations(conversation)
-        found = read_conversations(conversations, batched, images if beside is None else beside, source)
+        frames_of = self._frame_reader(options) if tokenize else frame_counter(options)
+        found = read_conversations(conversations, batched, images if beside is None else beside, source, frames_of)
         if not tokenize:
             rendered = [render(self.tokenizer, messages, source, variables) for messages, _ in found]
             return rendered if batched else rendered[0]
@@ -270,42 +274,6 @@ class MonoInternVLProcessor(ProcessorMixin):
         )
         return inputs if return_dict else inputs["input_ids"]
 
-    def count_tokens(
-        self,
-        messages: Sequence[dict[str, Any]],
-        sizes: Sequence[tuple[int, int]],
-        *,
-        max_tiles: int | str | None = None,
-    ) -> int:
-        """Tokens of one conversation, as `apply_chat_template(..., tokenize=True)` would give, without its pixels.
-
-        Args:
-            messages: as there; pictures are not opened.
-            sizes: width and height in pixels of each picture as it is seen (EXIF rotation applied).
-            max_tiles: budget of the conversation's pictures; default: the image processor's.
-        """
-        options = self.share_tiles({} if max_tiles is None else {"max_tiles": max_tiles}, len(sizes))
-        tiles = [self.image_processor.get_number_of_tiles(height, width, **options) for width, height in sizes]
-        return len(self._ids_without_pixels(messages, None, {}, [count * self.tokens_per_tile for count in tiles]))
-
-    def _ids_without_pixels(
-        self,
-        messages: Sequence[dict[str, Any]],
-        chat_template: str | None,
-        variables: dict[str, Any],
-        tokens: list[int] | None,
-    ) -> list[int]:
-        """One conversation's ids, pictures unopened; `tokens` as for `_encode`."""
-        source = template_source(self.chat_template, chat_template)
-        variables = {name: value for name, value in variables.items() if value is not None}
-        check_keywords("the chat template", variables, [*template_variables(source), *ALWAYS_VARIABLES])
-        extras = template_extras(source, variables.pop("tools", None), variables.pop("documents", None))
-        variables = {**variables, **extras}
-        ((plain, _),) = read_conversations([messages], False, None, source)
-        vocabulary = self._vocabulary(source)
-        prompt = self._with_bos(render_by_origin(self.tokenizer, plain, source, variables, vocabulary))
-        return encode(prompt, tokens, vocabulary)[0]
-
     def _with_bos(self, prompt: list[Segment]) -> list[Segment]:
         """Put `<s>` in front unless the prompt, not its user, has it there."""
         bos = self.tokenizer.bos_token or ""
@@ -320,6 +288,16 @@ class MonoInternVLProcessor(ProcessorMixin):
         # Newer transformers sanitise on request; here it is always so.
         options = {k: v for k, v in given.items() if k not in variables and k != "sanitize_control_tokens"}
         return options, for_template
+
+    def _frame_reader(self, options: dict[str, Any]) -> Callable[[dict[str, Any]], list[Frame]]:
+        """What makes frames of a part with a video, under the options of a call."""
+        used = {"max_pixels": self.image_processor.max_pixels, "convert_to_srgb": self.image_processor.convert_to_srgb}
+        used |= {name: options[name] for name in used if options.get(name) is not None}
+
+        def frames_of(part: dict[str, Any]) -> list[Frame]:
+            return read_frames(part["video"], side=self.image_processor.tile_size, **used, **sampling_of(part, options))
+
+        return frames_of
 
     def _encode_batch(
         self,
@@ -337,7 +315,8 @@ class MonoInternVLProcessor(ProcessorMixin):
         for number, (prompt, images) in enumerate(zip(prompts, pictures, strict=True), start=1):
             tokens = None
             if images:
-                shared = self.share_tiles(image_options, len(images))
+                frames = sum(isinstance(image, Frame) for image in images)
+                shared = self.share_tiles(image_options, len(images) - frames, frames)
                 try:
                     features = self.image_processor(images, return_tensors="pt", **shared)
                 except (OSError, TypeError, ValueError) as error:
@@ -371,17 +350,6 @@ class MonoInternVLProcessor(ProcessorMixin):
         inputs.image_token_id = vocabulary.image_token_id
         return inputs
 
-    def share_tiles(self, image_options: dict[str, Any], count: int) -> dict[str, Any]:
-        """The pictures of one prompt share its budget of tiles; of "auto", the number that it never exceeds."""
-        budget = image_options.get("max_tiles", self.image_processor.max_tiles)
-        share = max(1, self.image_processor.tile_limit(budget) // max(count, 1))
-        if count <= 1:
-            return image_options
-        shared = {**image_options, "max_tiles": share if isinstance(budget, Integral) else AutoTiles(share)}
-        if "min_tiles" in shared:
-            shared["min_tiles"] = min(shared["min_tiles"], shared["max_tiles"])
-        return shared
-
     # ---- decoding
 
     def answer_decoder(self, *, keep_grounding_tags: bool = False) -> AnswerDecoder:
@@ -407,37 +375,6 @@ class MonoInternVLProcessor(ProcessorMixin):
     def post_process_image_text_to_text(self, generated_outputs, skip_special_tokens: bool = True, **kwargs: Any):  # type: ignore[no-untyped-def]
         """Texts of generated rows, for transformers' pipelines."""
         return self.tokenizer.batch_decode(generated_outputs, skip_special_tokens=skip_special_tokens, **kwargs)
-
-    # ---- engines
-
-    def chat_token_ids(
-        self, messages: Sequence[dict[str, Any]], chat_template: str | None = None, **variables: Any
-    ) -> list[int]:
-        """The `input_ids` of one conversation whose pictures an engine holds: one placeholder stands for each.
-
-        Image parts need only their type; otherwise as `apply_chat_template` with `tokenize=True`, and as safe.
-        """
-        return self._ids_without_pixels(messages, chat_template, variables, None)
-
-    def _get_num_multimodal_tokens(self, image_sizes: Sequence[Any] | None = None, **kwargs: Any) -> MultiModalData:
-        """Visual tokens and tiles of pictures given by (height, width): each a prompt of its own with a whole budget of
-        tiles, or in lists, of which each is a prompt whose pictures share it. Flat results, in order.
-
-        Raises:
-            TypeError: an unknown option.
-        """
-        given = {name: value for name, value in kwargs.items() if is_read(name, value, "_get_num_multimodal_tokens")}
-        options = {name: given[name] for name in TILE_OPTIONS if name in given}
-        if image_sizes is None:
-            return MultiModalData()
-        tiles = []
-        for entry in image_sizes:
-            sizes: Any = entry if len(entry) and isinstance(entry[0], Sequence) else [entry]
-            shared = self.share_tiles(options, len(sizes))
-            tiles += [self.image_processor.get_number_of_tiles(height, width, **shared) for height, width in sizes]
-        return MultiModalData(
-            num_image_tokens=[count * self.tokens_per_tile for count in tiles], num_image_patches=tiles
-        )
 
 
 MonoInternVLProcessor.register_for_auto_class("AutoProcessor")

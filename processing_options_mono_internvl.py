@@ -10,6 +10,7 @@ from transformers.processing_utils import AudioKwargs, TextKwargs, VideosKwargs
 from .compat_mono_internvl import check_keywords
 from .image_processing_mono_internvl import MonoInternVLImagesKwargs
 from .tiling_mono_internvl import TILE_OPTIONS, check_max_tiles
+from .video_mono_internvl import VIDEO_OPTIONS, check_sampling
 
 
 logger = logging.getLogger(__name__)
@@ -26,15 +27,16 @@ _TEXT_OPTIONS = (
     "return_mm_token_type_ids",
     "return_attention_mask",
 )
+_GROUPS = {"images_kwargs": IMAGE_OPTIONS, "text_kwargs": _TEXT_OPTIONS, "videos_kwargs": VIDEO_OPTIONS}
 _GROUPED_OPTIONS = ("common_kwargs", "images_kwargs", "text_kwargs", "videos_kwargs", "audio_kwargs")
-_OPTIONS = frozenset({*IMAGE_OPTIONS, *_TEXT_OPTIONS, "return_tensors"})
+_OPTIONS = frozenset({*IMAGE_OPTIONS, *_TEXT_OPTIONS, *VIDEO_OPTIONS, "return_tensors"})
 # What a person may mean; named where an option is not known.
-_SAID = ("max_pixels", "do_normalize", *TILE_OPTIONS, *_TEXT_OPTIONS, "return_tensors", "images")
+_SAID = ("max_pixels", "do_normalize", *TILE_OPTIONS, *VIDEO_OPTIONS, *_TEXT_OPTIONS, "return_tensors", "images")
 # What a tokenizer may have been made with, as a default of its own.
 _TOKENIZER_DEFAULTS = ("padding", "max_length", "truncation", "pad_to_multiple_of")
 # transformers' names for what this processor does not give. Its pipelines and trainers send them along unset.
 _UNREAD = frozenset({*VideosKwargs.__annotations__, *AudioKwargs.__annotations__, "videos", "audio"})
-_UNREAD |= {"load_audio_from_video", "return_metadata", "use_audio_in_video", "fps", "num_frames"}
+_UNREAD |= {"load_audio_from_video", "return_metadata", "use_audio_in_video"}
 _UNREAD -= _OPTIONS
 _UNWRITTEN = frozenset({*TextKwargs.__annotations__, "return_text_replacement_offsets"}) - _OPTIONS
 _PADDINGS = (True, False, "longest", "max_length", "do_not_pad")
@@ -51,10 +53,15 @@ def is_read(name: str, value: Any, what: str, said: Iterable[str] = ()) -> bool:
     """
     if name in _OPTIONS:
         return value is not None
+    if name == "do_sample_frames" and value is False:
+        raise ValueError("do_sample_frames=False is not given: say num_frames, as many as the video has")
     if name in _UNREAD:
-        if value is None or value is False:
+        if name == "do_sample_frames" or value is None or value is False:
             return False
-        raise ValueError(f"{name}={value!r}: videos and sound are not read; give a video's frames as pictures")
+        raise ValueError(
+            f"{name}={value!r} is not known here: a video is a part of a message, {{'type': 'video', 'video': ..}}, "
+            "with num_frames or fps; sound is not heard"
+        )
     if name in _UNWRITTEN:
         if not value or name == "verbose":
             return False
@@ -88,10 +95,10 @@ def collect_options(
     for place, group in {"": given, **groups}.items():
         if not isinstance(group, Mapping):
             raise ValueError(f"{place} must be a dict of options, not {type(group).__name__}")
-        own = {"images_kwargs": IMAGE_OPTIONS, "text_kwargs": _TEXT_OPTIONS}.get(place, _OPTIONS)
+        own: Iterable[str] = _GROUPS.get(place, _OPTIONS)
         for name, value in group.items():
-            if place in ("videos_kwargs", "audio_kwargs") and value is not None:
-                raise ValueError(f"{name} in {place}: videos and sound are not read; give frames as pictures")
+            if place == "audio_kwargs" and value is not None:
+                raise ValueError(f"{name} in {place}: sound is not heard")
             if not is_read(name, value, place or what, said):
                 continue
             if name not in own and name != "return_tensors":
@@ -110,6 +117,7 @@ def collect_options(
     unusual = {name: options[name] for name in options if name in IMAGE_OPTIONS and name not in _SAID}
     if unusual:
         image_processor([], **unusual)  # refuses what it would refuse beside a picture
+    check_sampling(options.get("num_frames"), options.get("fps"))
     if "max_tiles" in options:
         check_max_tiles(options["max_tiles"])
     options = {**defaults, **options}

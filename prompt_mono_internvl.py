@@ -2,24 +2,27 @@
 
     read_messages     one conversation, in the forms that clients send -> {"role", "content": str | [parts]}
     read_part         the same for one part
+    frame_parts       parts with videos -> parts with their frames, each on a line of its own
     read_tools        the tools of a conversation
     marked_parts      a string whose `<image>` marks stand for pictures -> parts
     place_images      marks in front of a string that has none
 
-A part is `{"type": "text", "text": str}` or `{"type": "image", "image": source}`; `{"type": "image"}` alone is a
-picture that is given elsewhere. Only a string is ever searched for marks, and only where pictures come with it.
+A part is `{"type": "text", "text": str}`, `{"type": "image", "image": source}` or `{"type": "video", "video": source}`,
+the last with `num_frames` or `fps`; `{"type": "image"}` alone is a picture that is given elsewhere. Only a string is
+ever searched for marks, and only where pictures come with it.
 """
 
 import binascii
 import dataclasses
 import difflib
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from transformers.utils.chat_template_utils import get_json_schema
 
 from .image_loading_mono_internvl import decode_base64
+from .video_mono_internvl import VIDEO_OPTIONS, check_sampling
 
 
 IMAGE_MARK = "<image>"
@@ -29,8 +32,10 @@ _BOOKKEEPING = ("id", "status", "cache_control")
 _MESSAGE_KEYS = ("role", "content", "name", "tool_calls", "tool_call_id")
 _TEXT_TYPES = ("text", "input_text", "output_text")
 _IMAGE_TYPES = ("image", "image_url", "input_image", "image_pil")
-# Keys that hold the picture of a part, in the order in which they are looked at.
+_VIDEO_TYPES = ("video", "video_url", "input_video")
+# Keys that hold the picture or video of a part, in the order in which they are looked at.
 _SOURCE_KEYS = ("image", "image_url", "url", "path", "base64", "image_pil")
+_VIDEO_KEYS = ("video", "video_url", "url", "path", "base64")
 # Hints to other models or to a cache, which change nothing that is seen.
 _HINTS = ("detail", "cache_control")
 
@@ -70,6 +75,52 @@ def marked_parts(text: str, pictures: Sequence[Any]) -> str | list[dict[str, Any
     for picture, following in zip(pictures, others, strict=True):
         parts += [{"type": "image", "image": picture}, {"type": "text", "text": following}]
     return parts
+
+
+def frame_name(number: int) -> str:
+    """What stands in front of a video's frame of this number, from 1 (InternVL's prompt)."""
+    return f"Frame{number}: "
+
+
+def frame_parts(parts: Sequence[dict[str, Any]], counts: Iterable[int]) -> list[dict[str, Any]]:
+    """The parts of a message with `{"type": "image"}` for each frame of its videos.
+
+    A video is written as InternVL writes it, `Frame1: <image>\\nFrame2: <image>\\n`, numbered from 1 each, on lines
+    of its own. A picture between a video and the first text gets a line too, as pictures in front of a message do.
+
+    Args:
+        counts: frames of each video, in order.
+    """
+    left, laid = iter(counts), list[dict[str, Any]]()
+    seen, leading = False, True
+    for place, part in enumerate(parts):
+        if part["type"] == "video":
+            line = "" if _line_begins(laid) else "\n"
+            for number in range(1, next(left) + 1):
+                laid += [{"type": "text", "text": line + frame_name(number)}, {"type": "image"}]
+                line = "\n"
+            seen = True
+        else:
+            laid.append(part)
+            leading = leading and part["type"] != "text"
+        stands_alone = part["type"] == "video" or (seen and leading and part["type"] == "image")
+        if stands_alone and _goes_on(parts[place + 1 :]):
+            laid.append({"type": "text", "text": "\n"})
+    return laid
+
+
+def _line_begins(laid: Sequence[Mapping[str, Any]]) -> bool:
+    """Whether what comes after these parts begins a line."""
+    last = next((part for part in reversed(laid) if part["type"] != "text" or part["text"]), None)
+    return last is None or (last["type"] == "text" and last["text"].endswith("\n"))
+
+
+def _goes_on(parts: Sequence[Mapping[str, Any]]) -> bool:
+    """Whether a line of something else follows that does not begin with a break of its own."""
+    following = next((part for part in parts if part["type"] != "text" or part["text"]), None)
+    if following is None or following["type"] == "video":
+        return False
+    return following["type"] != "text" or not following["text"].startswith("\n")
 
 
 def read_messages(messages: Any) -> list[dict[str, Any]]:
@@ -263,10 +314,11 @@ def _match_result(message: dict[str, Any], asked: list[dict[str, Any]], where: s
 
 
 def read_part(part: Any, where: str = "a part") -> dict[str, Any]:
-    """One part of a message as `{"type": "text", "text"}` or `{"type": "image"[, "image"]}`.
+    """One part of a message as `{"type": "text", "text"}`, `{"type": "image"[, "image"]}` or `{"type": "video",
+    "video"[, "num_frames" | "fps"]}`.
 
     Raises:
-        ValueError: it is neither, or holds something that would be left out.
+        ValueError: it is none of them, or holds something that would be left out.
     """
     if isinstance(part, str):
         return {"type": "text", "text": part}
@@ -280,10 +332,11 @@ def read_part(part: Any, where: str = "a part") -> dict[str, Any]:
             kind = "text"
         elif len(given) == 1 and set(given) <= set(_SOURCE_KEYS):
             kind = "image"
+        elif "video" in given and set(given) <= {"video", *VIDEO_OPTIONS}:
+            kind = "video"
         else:
-            raise ValueError(
-                f"{where} holds {', '.join(map(repr, given)) or 'nothing'} and no 'type'; give it one, text or image"
-            )
+            held = ", ".join(map(repr, given)) or "nothing"
+            raise ValueError(f"{where} holds {held} and no 'type'; give it one, text, image or video")
     plain: dict[str, Any]
     if kind in _TEXT_TYPES:
         text = given.pop("text", None)
@@ -291,18 +344,17 @@ def read_part(part: Any, where: str = "a part") -> dict[str, Any]:
             raise ValueError(f"{where}: its text must be a string, not {type(text).__name__}")
         plain = {"type": "text", "text": text}
     elif kind in _IMAGE_TYPES:
-        sources = [key for key in _SOURCE_KEYS if key in given]
-        if len(sources) > 1:
-            raise ValueError(f"{where} names its picture more than once, by {' and '.join(sources)}; give one")
         plain = {"type": "image"}
-        if sources:
-            plain["image"] = _source(sources[0], given.pop(sources[0]), where)
+        if key := _named_once(given, _SOURCE_KEYS, "picture", where):
+            plain["image"] = _source(key, given.pop(key), where)
         elif isinstance(given.get("source"), Mapping):
             plain["image"] = _anthropic_source(given.pop("source"), where)
+    elif kind in _VIDEO_TYPES:
+        plain = _read_video(given, where)
     else:
         raise ValueError(
-            f"{where}: type {kind!r} is not known; allowed are text and image (also "
-            f"{', '.join((*_TEXT_TYPES[1:], *_IMAGE_TYPES[1:]))})"
+            f"{where}: type {kind!r} is not known; allowed are text, image and video (also "
+            f"{', '.join((*_TEXT_TYPES[1:], *_IMAGE_TYPES[1:], *_VIDEO_TYPES[1:]))})"
         )
     left = [key for key, value in given.items() if not _is_empty(value)]
     if left:
@@ -310,14 +362,36 @@ def read_part(part: Any, where: str = "a part") -> dict[str, Any]:
     return plain
 
 
+def _named_once(given: Mapping[str, Any], keys: Sequence[str], what: str, where: str) -> str | None:
+    """The one of these keys that a part has, or None."""
+    held = [key for key in keys if key in given]
+    if len(held) > 1:
+        raise ValueError(f"{where} names its {what} more than once, by {' and '.join(held)}; give one")
+    return held[0] if held else None
+
+
+def _read_video(given: dict[str, Any], where: str) -> dict[str, Any]:
+    """Take the video of a part, and what it says of its frames, out of what it holds."""
+    key = _named_once(given, _VIDEO_KEYS, "video", where)
+    if key is None:
+        raise ValueError(f"{where}: a video part needs one of 'video', 'url', 'path', 'video_url' and 'base64'")
+    plain = {"type": "video", "video": _source(key, given.pop(key), where)}
+    plain |= {name: given.pop(name) for name in VIDEO_OPTIONS if name in given}
+    try:
+        check_sampling(plain.get("num_frames"), plain.get("fps"))
+    except ValueError as error:
+        raise ValueError(f"{where}: {error}") from error
+    return plain
+
+
 def _source(key: str, value: Any, where: str) -> Any:
-    if key == "image_url":
+    if key in ("image_url", "video_url"):
         link = _fields(value)
         if link is not None:
             unread = [name for name in link if name not in ("url", *_HINTS) and link[name] is not None]
             value = None if unread else link.get("url")
         if not isinstance(value, str):
-            raise ValueError(f"{where}: an image_url part needs 'image_url': {{'url': ...}}")
+            raise ValueError(f"{where}: its {key!r} must be a URL, or {{'url': ...}}")
         return value
     return _decoded(value, where) if key == "base64" else value
 
@@ -338,4 +412,4 @@ def _decoded(encoded: Any, where: str) -> Any:
     try:
         return decode_base64(encoded)
     except (AttributeError, UnicodeError, binascii.Error, ValueError) as error:
-        raise ValueError(f"{where}: the 'base64' of an image part is not base64: {error}") from error
+        raise ValueError(f"{where}: its 'base64' is not base64: {error}") from error

@@ -11,9 +11,9 @@ from conftest import ROOT
 
 # From the ground up: a room imports only what stands before it. Root files are named without `_mono_internvl`.
 FLOORS = (
-    *("tokenization", "compat", "tiling", "image_pixels", "image_files", "image_loading", "image_processing"),
+    *("tokenization", "compat", "tiling", "image_pixels", "image_files", "image_loading", "image_processing", "video"),
     *("configuration_checks", "configuration", "vocabulary", "prompt", "chat_template", "conversation", "encoding"),
-    *("processing_options", "processor_loading", "processing", "weight_mapping", "loading"),
+    *("processing_options", "processor_loading", "counting", "processing", "weight_mapping", "loading"),
     *("expert_kernels", "experts", "attention", "rope", "vision", "queries", "norm", "output_head", "outputs"),
     *("training_mono_internvl", "generation", "streaming", "chat", "modeling"),
     *("common", "plates", "conversion", "evaluation", "training", "serving", "benchmarks", "cli"),
