@@ -118,7 +118,10 @@ _SIGNATURE = re.compile(
 CERTAIN_SIGNATURE = re.compile(rb"\x89PNG\r\n|\xff\xd8\xff|GIF8[79]a|RIFF....WEBP|II\*\x00|MM\x00\*", re.DOTALL)
 _HEIF_BRANDS = {b"heic", b"heix", b"heim", b"heis", b"hevc", b"hevx", b"hevm", b"hevs"}
 _CAMERA_BRANDS = {b"crx "}
-_VIDEO = "is not a picture but a video; give its frames as pictures"
+_VIDEO = (
+    "is not a picture but a video; give its frames as pictures, or it as a part of a message: "
+    "{'type': 'video', 'video': ..}"
+)
 _TO_PNG = "which Pillow does not read; convert it to PNG first"
 _HTML = re.compile(r"(<!--.*?-->\s*|<\?xml.*?\?>\s*)*<(!doctype html|html|head|body|title|script|meta)\b", re.DOTALL)
 _BINARY_KINDS = (

@@ -21,6 +21,8 @@ FOLDERS = (
 )
 TRAIN = ["accelerate", "peft", "datasets", "tensorboard", "pyyaml"]
 EVAL = ["matplotlib"]
+# Decodes video files; without it a list of frames is read.
+VIDEO = ["av>=14.1"]
 # The fused expert kernel. CUDA builds of torch bring their own; on a CPU its interpreter tests the kernel.
 KERNEL = ["triton>=3.6; platform_system == 'Linux'"]
 FONTS = [f"font-{name}" for name in ("caladea", "lato", "manrope", "roboto", "source-sans-pro", "source-serif-pro")]
@@ -60,11 +62,12 @@ setup(
         # In an environment of its own, with serving/constraints.txt.
         "serve": ["vllm"],
         "demo": ["gradio>=6"],
+        "video": VIDEO,
         "quant": ["torchao", "bitsandbytes"],
         "eval": EVAL,
         # The fonts that the bundled model learnt its digits from.
         "nano": [*TRAIN, *EVAL, *FONTS],
-        "dev": [*TRAIN, *EVAL, *KERNEL, "trl", "pytest", "ruff", "mypy"],
+        "dev": [*TRAIN, *EVAL, *KERNEL, *VIDEO, "trl", "pytest", "ruff", "mypy"],
     },
     entry_points={
         "console_scripts": ["mono-internvl = mono_internvl_cli:main"],

@@ -194,13 +194,20 @@ def _content(file: Any) -> Any:
 # --------------------------------------------------------------------------------------------------------------- files
 
 
+class _Key(NamedTuple):
+    """A frame that decoding can start from: when it is shown, and the time by which it is stored."""
+
+    shown: int
+    stored: int
+
+
 class _Packets(NamedTuple):
     """What the packets of a file say. `times`: when each frame is shown, in order and in the stream's unit; empty where
-    they do not tell them apart. `keys`: (shown, stored) of the frames that decoding can start from."""
+    they do not tell them apart."""
 
     total: int
     times: list[int]
-    keys: list[tuple[int, int]]
+    keys: list[_Key]
     seconds: float | None
 
 
@@ -222,17 +229,18 @@ def _opened(found: Path | bytes, name: str) -> Iterator[tuple[Any, Any]]:
     # Given open: a name could mean one of FFmpeg's protocols.
     with io.BytesIO(found) if isinstance(found, bytes) else found.open("rb") as file:
         try:
-            options = {"format_whitelist": _FORMATS}
-            container = av.open(file, metadata_errors="replace", options=options)
+            # Not as `options`: PyAV 14 to 16 crash on these where a stream is found late (MPEG program streams).
+            chosen = {"format_whitelist": _FORMATS}
+            container = av.open(file, metadata_errors="replace", container_options=chosen)
         except (av.FFmpegError, ValueError, OSError) as error:
             raise ValueError(f"{name} {_NO_VIDEO}, or is damaged ({_reason(error)})") from error
         with container:
+            if "mp4" in container.format.name and _breaks_off(file):
+                raise ValueError(f"{name} is damaged: it breaks off before its end")
             streams = [stream for stream in container.streams.video if not _is_cover(stream)]
             if not streams:
                 kinds = sorted({stream.type for stream in container.streams})
                 raise ValueError(f"{name} holds no video, only {', '.join(kinds) or 'nothing'}")
-            if "mp4" in container.format.name and _breaks_off(file):
-                raise ValueError(f"{name} is damaged: it breaks off before its end")
             streams[0].thread_type = "AUTO"
             try:
                 yield container, streams[0]
@@ -270,14 +278,14 @@ def _breaks_off(file: Any) -> bool:
 
 def _read_packets(container: Any, stream: Any, name: str) -> _Packets:
     times: list[int | None] = []
-    keys: list[tuple[int, int]] = []
+    keys: list[_Key] = []
     for packet in container.demux(stream):
         # The end, a frame that only repeats the one before, or one that the file's own edit list cuts away.
         if not packet.size or packet.is_discard:
             continue
         times.append(packet.pts)
         if packet.is_keyframe and packet.pts is not None:
-            keys.append((packet.pts, packet.pts if packet.dts is None else packet.dts))
+            keys.append(_Key(packet.pts, packet.pts if packet.dts is None else packet.dts))
     if not times:
         raise ValueError(f"{name} has no frames")
     shown = sorted(time for time in times if time is not None)
@@ -308,16 +316,17 @@ def _chosen(packets: _Packets, num_frames: int | None, fps: float | None, name: 
 def _decoded(
     found: Path | bytes, name: str, packets: _Packets, places: list[int], side: int, max_pixels: int | None
 ) -> list[Frame]:
-    """The frames of these places; where seeking leads astray, by decoding all up to the last of them."""
-    for seeks in (True, False):
+    """The frames of these places; where seeking leads astray, by decoding all up to the last of them.
+
+    Some containers are sought by when a frame is shown (MP4, Matroska), others by when it is stored (MPEG).
+    """
+    times = [packets.times[place] for place in places] if packets.times else []
+    for sought_by in ("shown", "stored", "nothing") if packets.keys[1:] else ("nothing",):
+        keys = [(key.shown, getattr(key, sought_by)) for key in packets.keys] if sought_by != "nothing" else []
         read: list[Frame] = []
         with _opened(found, name) as (container, stream):
             check_size((stream.width, stream.height), name, max_pixels)
-            if packets.times:
-                wanted = [packets.times[place] for place in places]
-                frames = _at_times(container, stream, wanted, packets.keys if seeks else [])
-            else:
-                frames = _at_places(container, stream, places)
+            frames = _at_times(container, stream, times, keys) if times else _at_places(container, stream, places)
             for frame in frames:
                 if frame is None or frame.is_corrupt:
                     break
