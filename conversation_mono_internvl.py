@@ -204,7 +204,9 @@ def read_conversations(
     read = [read_messages(messages) for messages in conversations]
     for messages in read:
         check_message_keys(messages, functools.partial(template_reads, source))
-    found = [_take_images(messages, frames_of) for messages in read]
+    found = []
+    for number, messages in enumerate(read, start=1):
+        found.append(_take_images(messages, frames_of, f"conversation {number}, " if batched else ""))
     if images is None:
         return found
     groups = [images]
@@ -224,13 +226,14 @@ def read_conversations(
 
 
 def _take_images(
-    messages: list[dict[str, Any]], frames_of: Callable[[dict[str, Any]], list[Frame]]
+    messages: list[dict[str, Any]], frames_of: Callable[[dict[str, Any]], list[Frame]], of: str
 ) -> tuple[list[dict[str, Any]], list[tuple[str, Any]]]:
     """Plain messages whose image parts hold nothing but their type, one for each picture and each frame of a video; and
     where each stands and what it is, None where its part does not say.
 
     Raises:
-        ValueError: a part holds an empty list of pictures; or a video cannot be read, by the place of its part.
+        ValueError: a part holds an empty list of pictures; or a video cannot be read, by the place of its part behind
+            `of`, which says of which conversation.
     """
     pictures: list[tuple[str, Any]] = []
     plain = []
@@ -246,7 +249,7 @@ def _take_images(
                 try:
                     frames = frames_of(part)
                 except (ValueError, TypeError, OSError, ImportError) as error:
-                    raise prefixed(error, where) from error
+                    raise prefixed(error, of + where) from error
                 counts.append(len(frames))
                 pictures += [(where, frame) for frame in frames]
             if part["type"] != "image":

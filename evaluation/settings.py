@@ -14,6 +14,7 @@ from PIL import Image
 from ..image_processing_mono_internvl import load_image
 from ..modeling_mono_internvl import MonoInternVLForCausalLM, place_images
 from ..processing_mono_internvl import MonoInternVLProcessor
+from ..prompt_mono_internvl import frame_name
 
 
 Parts = list[dict[str, str]]
@@ -191,8 +192,8 @@ def _framed(parts: Parts) -> Parts:
             continue
         frames += 1
         begun = bool(framed) and not framed[-1]["text"].endswith("\n")
-        name = f"Frame{frames}: "
-        framed += [{"type": "text", "text": "\n" * begun + name}, {"type": "image"}, {"type": "text", "text": "\n"}]
+        named = "\n" * begun + frame_name(frames)
+        framed += [{"type": "text", "text": named}, {"type": "image"}, {"type": "text", "text": "\n"}]
     return _joined(framed, between="")
 
 

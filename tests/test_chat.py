@@ -10,6 +10,7 @@ from PIL import Image
 from transformers import GenerationConfig, TextIteratorStreamer
 
 from conftest import exchanged_profile, tiny_model
+from helpers_video import write_video
 from mono_internvl.modeling_mono_internvl import cpu_has_bfloat16_units, place_images
 
 
@@ -84,6 +85,57 @@ def test_auto_enlarges_no_picture(model, chat, monkeypatch):
         chat(pictures, "What?", max_tiles="auto", max_new_tokens=1)
         chat(pictures, "What?", max_new_tokens=1)
     assert tiles == [3, 5, 4, 4, 5, 5]
+
+
+def test_a_video_in_a_question_and_in_the_history(model, chat, monkeypatch):
+    """Its part stays in the history and is read again; the prompt is that of the frames as pictures."""
+    tiles, prompts = [], []
+    original = model.model.get_image_features
+    monkeypatch.setattr(
+        model.model,
+        "get_image_features",
+        lambda pixel_values, **kw: tiles.append(len(pixel_values)) or original(pixel_values, **kw),
+    )
+
+    def keep(_, args, kwargs):
+        if kwargs["input_ids"].shape[1] > 1:
+            prompts.append(kwargs["input_ids"])
+
+    handle = model.register_forward_pre_hook(keep, with_kwargs=True)
+    frames = [RED, BLUE.resize(RED.size), RED.rotate(90), RED.resize((200, 20))]
+    part, question = {"type": "video", "video": frames}, {"type": "text", "text": "What moves?"}
+    try:
+        first, history = chat(None, [part, question], return_history=True)
+        assert history == [([part, question], first)]
+        assert first == chat(frames, "".join(f"Frame{i}: <image>\n" for i in range(1, 5)) + "What moves?", max_tiles=1)
+        assert torch.equal(*prompts)
+        longer = chat(BLUE, "And this?", history=history, return_history=True, max_tiles=5)[1]
+        assert longer[1][0] == "<image>\nAnd this?" and longer[0] == history[0]
+        chat(None, [{**part, "num_frames": 2}, question], num_frames=3)
+        chat(None, [part, question], num_frames=3)
+        messages = [{"role": "user", "content": [part, question]}, {"role": "assistant", "content": first}]
+        assert len(chat(None, [part, question], history=messages, return_history=True, num_frames=1)[1]) == 4
+    finally:
+        handle.remove()
+    assert tiles == [4, 4, 5, 2, 3, 2]
+
+
+def test_a_file_and_bad_videos_in_chat(chat, tmp_path):
+    question = {"type": "text", "text": "What moves?"}
+    path = write_video(tmp_path / "clip.mp4", 30)
+    answer = chat(None, [{"type": "video", "video": str(path)}, question], fps=1)
+    assert answer == chat(None, [{"type": "video_url", "video_url": {"url": path.as_uri()}, "num_frames": 3}, question])
+    path.write_bytes(path.read_bytes()[:2000])
+    for video, message in (
+        (str(path), r"message 1 \(user\), part 1: .*clip.mp4 is (damaged|no video)"),
+        ([], "part 1: a video given as a list of frames has none"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            chat(None, [{"type": "video", "video": video}, question])
+    with pytest.raises(FileNotFoundError, match="part 1: no such video: gone.mp4"):
+        chat(None, [{"type": "video", "video": "gone.mp4"}, question])
+    with pytest.raises(ValueError, match=r"limit of 512; shorten it or lower max_tiles \(num_frames of a video\)"):
+        chat(None, [{"type": "video", "video": [RED] * 300, "num_frames": 200}, question])
 
 
 def test_nothing_is_mutated(chat):
@@ -227,6 +279,9 @@ def test_frames_as_one_array(chat):
     [
         ({"system_prompt": "x"}, TypeError, "system_prompt.*did you mean 'system'"),
         ({"max_tile": 1}, TypeError, "max_tile.*did you mean 'max_tiles'"),
+        ({"num_frame": 1}, TypeError, "num_frame.*did you mean 'num_frames'"),
+        ({"num_frames": 2, "fps": 1}, ValueError, "num_frames=2 and fps=1 both say"),
+        ({"fps": "fast"}, ValueError, "fps must be a positive number"),
         ({"max_tiles": "most"}, ValueError, 'max_tiles must be "auto" or a whole number of at least 1'),
         ({"return_dict_in_generate": True}, ValueError, "return_dict_in_generate"),
         ({"num_return_sequences": 2}, ValueError, "num_return_sequences"),

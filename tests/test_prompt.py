@@ -11,6 +11,7 @@ import pytest
 
 from mono_internvl.prompt_mono_internvl import (
     IMAGE_MARK,
+    frame_parts,
     marked_parts,
     place_images,
     read_messages,
@@ -90,6 +91,16 @@ class Message:
         ({"type": "image", "source": {"type": "base64", "media_type": "image/png", "data": ENCODED}},
          {"type": "image", "image": DATA}),
         ({"type": "image", "source": {"type": "url", "url": "a.png"}}, {"type": "image", "image": "a.png"}),
+        ({"type": "video", "video": "a.mp4"}, {"type": "video", "video": "a.mp4"}),
+        ({"type": "video", "path": "a.mp4", "video": None}, {"type": "video", "video": "a.mp4"}),
+        ({"type": "video", "url": "http://x/a.mp4"}, {"type": "video", "video": "http://x/a.mp4"}),
+        ({"type": "video", "base64": ENCODED}, {"type": "video", "video": DATA}),
+        ({"type": "video", "video": ["1.png", "2.png"]}, {"type": "video", "video": ["1.png", "2.png"]}),
+        ({"type": "video_url", "video_url": {"url": "a.mp4"}}, {"type": "video", "video": "a.mp4"}),
+        ({"type": "video_url", "video_url": "a.mp4", "fps": 0.5}, {"type": "video", "video": "a.mp4", "fps": 0.5}),
+        ({"type": "input_video", "video_url": "a.mp4"}, {"type": "video", "video": "a.mp4"}),
+        ({"video": "a.mp4"}, {"type": "video", "video": "a.mp4"}),
+        ({"video": "a.mp4", "num_frames": 4}, {"type": "video", "video": "a.mp4", "num_frames": 4}),
     ],
 )  # fmt: skip
 def test_forms_of_a_part(part, expected):
@@ -118,11 +129,22 @@ def test_forms_of_a_part(part, expected):
         ({"type": "image", "file_id": "f-1"}, "holds 'file_id'"),
         ({"type": "image", "base64": "@@@"}, "not base64"),
         ({"type": "image", "base64": 5}, "not base64"),
-        ({"type": "image_url", "image_url": {}}, "needs 'image_url'"),
-        ({"type": "image_url", "image_url": {"url": "a.png", "more": 1}}, "needs 'image_url'"),
+        ({"type": "image_url", "image_url": {}}, "its 'image_url' must be a URL"),
+        ({"type": "image_url", "image_url": {"url": "a.png", "more": 1}}, "its 'image_url' must be a URL"),
         ({"type": "image", "source": {"type": "file", "file_id": "x"}}, "'source' must be of type base64"),
         ({"type": "image", "source": "a.png"}, "holds 'source'"),
-        ({"type": "video", "video": "a.mp4"}, "type 'video' is not known; allowed are text and image"),
+        ({"type": "video"}, "a video part needs one of 'video', 'url', 'path', 'video_url' and 'base64'"),
+        ({"type": "video", "video": "a.mp4", "path": "b.mp4"}, "its video more than once, by video and path"),
+        ({"type": "video", "video": "a.mp4", "nframes": 3}, "holds 'nframes', which has no place in a part of type"),
+        ({"type": "video", "video": "a.mp4", "max_tiles": 3}, "holds 'max_tiles'"),
+        ({"type": "video", "image": "a.png"}, "a video part needs one of"),
+        ({"type": "video", "video": "a.mp4", "num_frames": 3, "fps": 1}, "num_frames=3 and fps=1 both say"),
+        ({"type": "video", "video": "a.mp4", "num_frames": 0}, "num_frames must be a whole number from 1 to 512"),
+        ({"type": "video", "video": "a.mp4", "fps": "fast"}, "fps must be a positive number"),
+        ({"type": "video_url", "video_url": {"uri": "a.mp4"}}, "its 'video_url' must be a URL"),
+        ({"video": "a.mp4", "text": "x"}, "holds 'video', 'text' and no 'type'"),
+        ({"type": "videos", "video": "a.mp4"}, "type 'videos' is not known; allowed are text, image and video"),
+        ({"type": "image", "image": "a.png", "num_frames": 2}, "holds 'num_frames'"),
         ({"type": "input_audio", "input_audio": {}}, "type 'input_audio'"),
         ({"type": "refusal", "refusal": "no"}, "type 'refusal'"),
         ({"type": "tool_use", "id": "1", "name": "f", "input": {}}, "type 'tool_use'"),
@@ -134,6 +156,49 @@ def test_parts_that_are_refused(part, message):
         read_part(part, "part 1")
     with pytest.raises(ValueError, match=rf"message 2 \(user\), {message if message.startswith('part') else 'part 1'}"):
         read_messages([user("x"), user([part])])
+
+
+VIDEO, PICTURE = {"type": "video", "video": "a.mp4"}, {"type": "image"}
+
+
+def shown(parts):
+    """Parts as one string with marks, pictures in front on lines of their own as the template puts them."""
+    text, leading = "", True
+    for place, part in enumerate(parts):
+        text += part["text"] if part["type"] == "text" else IMAGE_MARK
+        leading = leading and part["type"] == "image"
+        following = parts[place + 1] if place + 1 < len(parts) else None
+        if leading and following and not following.get("text", "").startswith("\n"):
+            text += "\n"
+    return text
+
+
+@pytest.mark.parametrize(
+    ("parts", "counts", "expected"),
+    [
+        ([VIDEO, "Q"], [2], "Frame1: <image>\nFrame2: <image>\nQ"),
+        ([VIDEO, "\nQ"], [1], "Frame1: <image>\nQ"),
+        (["Q", VIDEO], [2], "Q\nFrame1: <image>\nFrame2: <image>"),
+        (["Q\n", VIDEO], [1], "Q\nFrame1: <image>"),
+        (["Q", VIDEO, "R"], [1], "Q\nFrame1: <image>\nR"),
+        ([VIDEO, VIDEO, "Q"], [2, 1], "Frame1: <image>\nFrame2: <image>\nFrame1: <image>\nQ"),
+        (["A", VIDEO, "B", VIDEO, "Q"], [1, 1], "A\nFrame1: <image>\nB\nFrame1: <image>\nQ"),
+        ([PICTURE, VIDEO, "Q"], [1], "<image>\nFrame1: <image>\nQ"),
+        ([VIDEO, PICTURE, "Q"], [1], "Frame1: <image>\n<image>\nQ"),
+        ([VIDEO, PICTURE, PICTURE, "Q"], [1], "Frame1: <image>\n<image>\n<image>\nQ"),
+        ([PICTURE, VIDEO, PICTURE, "Q"], [1], "<image>\nFrame1: <image>\n<image>\nQ"),
+        (["A", PICTURE, VIDEO, "Q"], [1], "A<image>\nFrame1: <image>\nQ"),
+        (["A", VIDEO, PICTURE, "Q"], [1], "A\nFrame1: <image>\n<image>Q"),  # in a text a picture stands where it is put
+        (["", VIDEO, "", "Q"], [1], "Frame1: <image>\nQ"),
+        ([VIDEO], [1], "Frame1: <image>"),
+        ([VIDEO, ""], [1], "Frame1: <image>"),
+    ],
+)
+def test_frames_stand_on_lines_of_their_own(parts, counts, expected):
+    parts = [{"type": "text", "text": part} if isinstance(part, str) else part for part in parts]
+    before = repr(parts)
+    assert shown(frame_parts(parts, counts)) == expected
+    assert repr(parts) == before
 
 
 # ---- messages

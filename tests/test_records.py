@@ -6,12 +6,14 @@ import gzip
 import json
 import random
 import shutil
+from pathlib import Path
 
 import numpy as np
 import pytest
 from PIL import Image
 
 from conftest import ROOT
+from helpers_video import numbered, write_video
 from mono_internvl.training.data import encode_conversation, picture_sizes
 from mono_internvl.training.loading import Conversations, Key
 from mono_internvl.training.records import BadSample, read_record
@@ -91,6 +93,31 @@ def test_every_source_of_a_picture_is_seen(nano_processor, name, place):
 def test_every_part_with_a_picture_is_one(part):
     (turn, _) = read_record({"messages": [ask(part, TEXT), A]}, PLATE.parent)
     assert turn["content"][0]["image"] in (str(PLATE), BYTES) and turn["content"][1] == TEXT
+
+
+@pytest.mark.parametrize("key", ["video", "path", "url", "video_url"])
+def test_a_part_with_a_video_is_one(key, nano_processor, tmp_path):
+    """Its path starts from the record's folder; packs are planned by the tokens it will have."""
+    write_video(tmp_path / "clip.avi", 20)
+    part = {"type": "video_url" if key == "video_url" else "video", key: "clip.avi", "num_frames": 3, "image": None}
+    messages = read_record({"messages": [ask({"type": "image", "image": PLATE}, part, TEXT), A]}, tmp_path)
+    assert messages[0]["content"][1] == {"type": "video", "video": str(tmp_path / "clip.avi"), "num_frames": 3}
+    example = encode_conversation(nano_processor, messages, max_tiles=4)
+    with Image.open(PLATE) as plate:
+        assert picture_sizes(messages) == [plate.size]
+    assert len(example["pixel_values"]) == 1 + 3
+    assert nano_processor.count_tokens(messages, picture_sizes(messages), max_tiles=4) == len(example["input_ids"])
+
+
+def test_a_video_of_frames_is_one(nano_processor, tmp_path):
+    frames = [str(tmp_path / f"{number}.png") for number in range(12)]
+    for number, frame in enumerate(frames):
+        numbered(number).save(frame)
+    names = [Path(frame).name for frame in frames]
+    for video in (names, np.array(names, dtype=object), [Path(frame) for frame in frames]):
+        messages = read_record({"messages": [ask({"video": video, "num_frames": 4}, TEXT), A]}, tmp_path)
+        assert messages[0]["content"][0] == {"type": "video", "video": frames, "num_frames": 4}
+    assert len(encode_conversation(nano_processor, messages, max_tiles=1)["pixel_values"]) == 4
 
 
 def test_paths_of_windows_and_of_the_home_folder(tmp_path, monkeypatch):
@@ -184,8 +211,14 @@ def test_forms_that_are_understood(row, expected):
         ({"messages": [Q, {**A, "reasoning": "so"}]}, "turn 2: unknown key 'reasoning'"),
         ({"messages": [Q, {"role": "assistant", "content": 5}]}, "turn 2: .*int, not a string"),
         ({"messages": [{**Q, "from": "gpt"}, A]}, "from and role differ"),
-        ({"messages": [ask({"type": "video", "video": "a.mp4"}), A]}, "turn 1, part 1: video: videos are not read"),
-        ({"messages": [ask({"video": "a.mp4"}), A]}, "part 1: video: "),
+        ({"messages": [ask({"type": "video", "video": ""}), A]}, "turn 1, part 1: a video part needs one of 'video'"),
+        ({"messages": [ask({"type": "video", "video": 5}), A]}, "turn 1, part 1: 5 is no video; a path"),
+        ({"messages": [ask({"type": "video", "video": ["a.png", 5]}), A]}, "part 1, frame 2: 5 is no picture"),
+        ({"messages": [ask({"type": "video", "video": "a", "fps": 1, "num_frames": 2}), A]}, "part 1: .* both say"),
+        ({"messages": [ask({"type": "video", "video": "a", "nframes": 2}), A]}, "part 1 holds 'nframes'"),
+        ({"messages": [ask({"type": "video", "video": "a", "path": "b"}), A]}, "more than once, by video and path"),
+        ({"messages": [ask({"type": "videos", "videos": ["a.mp4"]}), A]}, "part 1: videos: a video is a part"),
+        ({"messages": [Q, {"role": "assistant", "content": [{"video": "a.mp4"}]}]}, "pictures and videos belong"),
         ({"messages": [ask({"type": "audio"}), A]}, "audio: the model hears nothing"),
         ({"messages": [ask({"type": "imge", "image": "a"}), A]}, "unknown type 'imge'; allowed are text"),
         ({"messages": [ask({"type": "text", "text": 5}), A]}, "part 1: text is int"),
@@ -233,7 +266,7 @@ def test_forms_that_are_understood(row, expected):
         ({"messages": [{"role": "user", "content": ""}, A]}, "turn 1: a turn of user is empty"),
         ({"messages": [Q, {**A, "content": [{"type": "text", "text": ""}]}]}, "turn 2: a turn of assistant is empty"),
         ({"messages": [Q, A], "imagess": ["a"]}, "did you mean images"),
-        ({"messages": [Q, A], "videos": ["a.mp4"]}, "videos: videos are not read"),
+        ({"messages": [Q, A], "videos": ["a.mp4"]}, "videos: a video is a part of a turn of user: "),
         ({"messages": [Q, A], "tools": [{}]}, "tools: "),
         ({"messages": [Q, A], "objects": {"bbox": [[1, 2, 3, 4]]}}, "objects: grounding"),
         ({"messages": [Q, A], "rejected_response": "b"}, "rejected_response: preferences"),

@@ -17,29 +17,11 @@ import torch
 from PIL import Image
 
 from conftest import ROOT, encoded, noise
+from helpers_video import SIDE, numbered, numbers, write_video
 from mono_internvl import MonoInternVLImageProcessor
 from mono_internvl import video_mono_internvl as video
-from mono_internvl.image_processing_mono_internvl import Frame, load_image
+from mono_internvl.image_processing_mono_internvl import load_image
 from mono_internvl.video_mono_internvl import DEFAULT_FRAMES, MOST_FRAMES, count_frames, read_frames, sample_places
-
-
-SIDE = 56
-
-
-def numbered(number: int, size: tuple[int, int] = (64, 48)) -> Image.Image:
-    """A number below 256 as eight bars, dark and light, which no codec blurs."""
-    bars = Image.new("L", (8, 1))
-    bars.putdata([200 * (number >> bit & 1) + 20 for bit in range(8)])
-    return bars.resize(size, Image.Resampling.NEAREST).convert("RGB")
-
-
-def numbers(frames: list[Frame]) -> list[int]:
-    """Which frames of `numbered` they are."""
-    found = []
-    for frame in frames:
-        bars = np.asarray(frame.picture.convert("L")).mean(0)[SIDE // 16 :: SIDE // 8]
-        found.append(sum(1 << bit for bit in range(8) if bars[bit] > 120))
-    return found
 
 
 # ------------------------------------------------------------------------------------------------------------- sampling
@@ -200,35 +182,6 @@ def test_the_library_does_not_import_pyav():
 
 
 # ---------------------------------------------------------------------------------------------------------------- files
-
-
-def write_video(
-    path: Path | io.BytesIO,
-    count: int = 30,
-    size: tuple[int, int] = (64, 48),
-    *,
-    codec: str = "mpeg4",
-    rate: int = 10,
-    keys_every: int | None = None,
-    format: str | None = None,
-    options: dict[str, str] | None = None,
-    picture=numbered,
-) -> Path:
-    av = pytest.importorskip("av", reason="needs PyAV: pip install av")
-    if codec not in av.codecs_available:
-        pytest.skip(f"this PyAV has no encoder {codec}")
-    with av.open(path, "w", format=format, options=options or {}) as container:
-        stream = container.add_stream(codec, rate=rate)
-        stream.width, stream.height = size
-        stream.pix_fmt = {"gif": "rgb8", "mjpeg": "yuvj420p"}.get(codec, "yuv420p")
-        if keys_every:
-            stream.codec_context.gop_size = keys_every
-        for number in range(count):
-            for packet in stream.encode(av.VideoFrame.from_image(picture(number, size))):
-                container.mux(packet)
-        for packet in stream.encode():
-            container.mux(packet)
-    return path
 
 
 @pytest.fixture

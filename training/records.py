@@ -6,8 +6,8 @@
     {"query", "response", "history", "system"}                      ms-swift
     {"instruction", "input", "output", "history", "system"}         LLaMA-Factory (alpaca)
 
-Parts stay parts. A string is searched for `<image>` marks only where the record gives pictures beside its turns; the
-text of a part never is.
+Parts stay parts, and a video is one: `{"type": "video", "video": path}`, with `num_frames` or `fps`. A string is
+searched for `<image>` marks only where the record gives pictures beside its turns; the text of a part never is.
 """
 
 import base64
@@ -48,11 +48,11 @@ FORMS: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
 }
 PICTURES = ("image", "images")
 # What other trainers understand and this one does not, with what to do instead.
-_FRAMES = 'give the frames as pictures in "images", with max_tiles: 1 for the source'
+_VIDEO = 'a video is a part of a turn of user: {"type": "video", "video": path}'
 _PREFERENCE = "preferences are not learnt here; give the answer to learn alone"
 REFUSED = {
-    "video": f"videos are not read; {_FRAMES}",
-    "videos": f"videos are not read; {_FRAMES}",
+    "video": _VIDEO,
+    "videos": _VIDEO,
     "audio": "the model hears nothing",
     "audios": "the model hears nothing",
     "tools": "tools are not read from training data; write them into the system prompt",
@@ -75,6 +75,9 @@ _PART_TYPES = {
     "image_url": "image",
     "image_pil": "image",
     "input_image": "image",
+    "video": "video",
+    "video_url": "video",
+    "input_video": "video",
 }
 # Hints to other models or to a cache, which change nothing that is seen.
 _HINTS = ("detail", "cache_control")
@@ -139,7 +142,7 @@ def _checked(messages: list[dict[str, Any]], first: int) -> list[dict[str, Any]]
     for number, message in enumerate(messages, start=first):
         content = message["content"]
         parts = [{"type": "text", "text": content}] if isinstance(content, str) else content
-        says = any(part["type"] == "image" or part["text"] for part in parts)
+        says = any(part["type"] != "text" or part["text"] for part in parts)
         # An empty system prompt is the wish for none.
         if not says and message["role"] != "system":
             raise ValueError(f"turn {number}: a turn of {message['role']} is empty")
@@ -244,8 +247,8 @@ def _message(turn: Any, number: int, root: str | Path | None) -> dict[str, Any]:
         message: dict[str, Any] = {"role": role, "content": content.strip()}
     elif isinstance(content, (list, tuple, np.ndarray)) and len(content):
         parts = [_part(part, f"{where}, part {k}", root) for k, part in enumerate(content, start=1)]
-        if role != "user" and any(part["type"] == "image" for part in parts):
-            raise ValueError(f"{where}: a picture in a turn of {role}; pictures belong into turns of user")
+        if role != "user" and any(part["type"] != "text" for part in parts):
+            raise ValueError(f"{where}: a picture in a turn of {role}; pictures and videos belong into turns of user")
         message = {"role": role, "content": parts}
     elif content is None or isinstance(content, (list, tuple, np.ndarray)):
         raise ValueError(f"{where}: a turn of {who} has no text")
@@ -268,7 +271,8 @@ def _learns(value: Any, where: str) -> bool:
 
 
 def _part(part: Any, where: str, root: str | Path | None) -> dict[str, Any]:
-    """A part in any form as `{"type": "text", "text"}` or `{"type": "image"}`, with `image` if it is given here."""
+    """A part in any form as `{"type": "text", "text"}`, as `{"type": "image"}`, with `image` if it is given here, or as
+    `{"type": "video", "video"}`, with what it says of its frames."""
     if isinstance(part, str):
         return {"type": "text", "text": part}
     if not isinstance(part, Mapping):
@@ -277,15 +281,18 @@ def _part(part: Any, where: str, root: str | Path | None) -> dict[str, Any]:
     kind = part.get("type")
     if kind is None:
         # Qwen's parts: the key tells.
-        kinds = [key for key in ("text", *_SOURCES, *REFUSED) if key in held]
+        kinds = [key for key in ("text", "video", *_SOURCES, *REFUSED) if key in held]
         kind = kinds[0] if kinds else None
         kind = "image" if kind in _SOURCES else kind
-    if kind in REFUSED:
+    if kind in REFUSED and kind not in _PART_TYPES:
         raise ValueError(f"{where}: {kind}: {REFUSED[kind]}")
     if not isinstance(kind, str) or kind not in _PART_TYPES:
         raise ValueError(f"{where}: unknown type {kind!r}; allowed are {', '.join(_PART_TYPES)}")
     for hint in _HINTS:
         held.pop(hint, None)
+    if _PART_TYPES[kind] == "video":
+        part = read_part({"type": kind, **{key: value for key, value in held.items() if not is_empty(value)}}, where)
+        return {**part, "video": _video(part["video"], where, root)}
     if _PART_TYPES[kind] == "image" and isinstance(held.get("source"), Mapping):
         # Anthropic's: checked and decoded where every message is.
         held["image"] = read_part({"type": "image", "source": held.pop("source")}, where)["image"]
@@ -303,6 +310,13 @@ def _part(part: Any, where: str, root: str | Path | None) -> dict[str, Any]:
     return {"type": "image", "image": _source(sources[0][1], where, root, raw=sources[0][0] == "base64")}
 
 
+def _video(value: Any, where: str, root: str | Path | None) -> Any:
+    """A video's source, or its frames' sources; a relative path starts from `root`."""
+    if isinstance(value, (list, tuple)) or (isinstance(value, np.ndarray) and value.dtype == object):
+        return [_source(frame, f"{where}, frame {k}", root) for k, frame in enumerate(value, start=1)]
+    return value if isinstance(value, np.ndarray) else _source(value, where, root, what="video")
+
+
 def _pictures(held: Mapping[str, Any], root: str | Path | None) -> list[Any]:
     given = [key for key in PICTURES if key in held]
     if len(given) > 1:
@@ -317,8 +331,8 @@ def _pictures(held: Mapping[str, Any], root: str | Path | None) -> list[Any]:
     return [_source(picture, f"{given[0]} {k}", root) for k, picture in enumerate(several, start=1)]
 
 
-def _source(value: Any, where: str, root: str | Path | None, raw: bool = False) -> Any:
-    """A picture's source as `load_image` takes it; a relative path starts from `root`."""
+def _source(value: Any, where: str, root: str | Path | None, raw: bool = False, what: str = "picture") -> Any:
+    """A picture's source as `load_image` takes it, or a video's; a relative path starts from `root`."""
     if isinstance(value, Mapping):
         # The undecoded pictures of `datasets`, ms-swift's and OpenAI's {"url"}.
         held = {key: v for key, v in value.items() if v is not None and key not in _HINTS}
@@ -330,16 +344,17 @@ def _source(value: Any, where: str, root: str | Path | None, raw: bool = False) 
         if len(held) != 1:
             raise ValueError(f"{where}: {' and '.join(held) or 'nothing'} given; one of {', '.join(allowed)} is wanted")
         ((key, value),) = held.items()
-        return _source(value, where, root, raw=key == "base64")
-    if isinstance(value, Image.Image):
+        return _source(value, where, root, raw=key == "base64", what=what)
+    if isinstance(value, Image.Image) and what == "picture":
         return value
     if isinstance(value, (bytes, bytearray, memoryview)) and len(value):
         return bytes(value)
     if isinstance(value, os.PathLike):
         value = os.fspath(value)
     if not isinstance(value, str) or not value.strip():
-        what = repr(value) if is_empty(value) or isinstance(value, (int, float)) else type(value).__name__
-        raise ValueError(f"{where}: {what} is no picture; a path, URL, data: URI, bytes or a PIL image is wanted")
+        given = repr(value) if is_empty(value) or isinstance(value, (int, float)) else type(value).__name__
+        last = "bytes or a PIL image" if what == "picture" else "bytes or a list of frames"
+        raise ValueError(f"{where}: {given} is no {what}; a path, URL, data: URI, {last} is wanted")
     if value[:5].lower() == "data:" or value[:8].lower().startswith(("http://", "https://")):
         return value
     if raw:

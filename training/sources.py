@@ -5,7 +5,7 @@
     .parquet, a folder of `save_to_disk`      a `datasets` data set with the columns of such records
 
 A file is never held in memory: lines are read by their offsets, a data set by Arrow's memory map (a .json list has to
-be read at once). Video frames are pictures in a list; `max_tiles: 1` keeps them to a tile each.
+be read at once).
 """
 
 import codecs
