@@ -33,6 +33,14 @@ assert type(model).__module__.startswith("transformers_modules."), type(model)._
 messages = [{"role": "user", "content": [{"type": "image", "image": picture}, {"type": "text", "text": "What is it?"}]}]
 pipe = pipeline("image-text-to-text", model=folder, trust_remote_code=True, dtype=torch.float32)
 piped = pipe(text=messages, max_new_tokens=6, do_sample=False)
+still, said = {"type": "image", "image": picture}, lambda text: {"type": "text", "text": text}
+video = [{"role": "user", "content": [{"type": "video", "video": [picture] * 3}, said("What is it?")]}]
+named = [said("Frame1: "), still, said("\\nFrame2: "), still, said("\\nWhat is it?")]
+filmed = [
+    pipe(text=asked, generate_kwargs={"max_new_tokens": 6}, **options)[0]["generated_text"][-1]["content"]
+    for asked, options in ((video, {"num_frames": 2}), ([{"role": "user", "content": named}], {"max_tiles": 1}))
+]
+assert filmed[0] == filmed[1], filmed
 model.save_pretrained(saved)
 processor.save_pretrained(saved)
 again = AutoModel.from_pretrained(saved, trust_remote_code=True, dtype=torch.float32)
