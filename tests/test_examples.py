@@ -154,6 +154,21 @@ def test_deepspeed_in_one_process(tmp_path):
     MonoInternVLForCausalLM.from_pretrained(tmp_path)
 
 
+def test_a_video_is_asked_about_by_the_number_of_its_frames(example, nano_processor):
+    """What docs/prompts.md says of the nano, and the answers of the frames given as pictures."""
+    video, model = example("video"), nano()
+    frames = video.moving_circle()
+    assert len(frames) == 40 and frames[0].getpixel((40, 60)) == frames[-1].getpixel((184, 60)) == (255, 0, 0)
+    counted = {}
+    for number in (1, 2, 4, 8):
+        assert video.ask(model, nano_processor, frames, "What color is the circle?", number) == "red"
+        counted[number] = video.ask(model, nano_processor, frames, "How many circles are there?", number)
+    assert counted == {1: "1", 2: "1", 4: "2", 8: "2"}
+    marks = "Frame1: <image>\nFrame2: <image>\n"
+    shown = [frames[9], frames[29]]
+    assert counted[2] == model.chat(shown, f"{marks}How many circles are there?", max_tiles=1, processor=nano_processor)
+
+
 # -------------------------------------------------------------------------------------------------- the old interface
 
 

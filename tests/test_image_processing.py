@@ -20,7 +20,7 @@ import torch
 from PIL import Image, ImageDraw
 from safetensors.torch import load_file
 
-from conftest import encoded, noise
+from conftest import ROOT, encoded, noise
 from mono_internvl.image_processing_mono_internvl import (
     MonoInternVLImageProcessor,
     choose_grid,
@@ -656,6 +656,24 @@ def test_auto_lowers_min_tiles_and_a_number_is_the_callers():
     assert small(max_tiles="auto").grid_of(60, 40, max_tiles=6) == (3, 2)
     assert (processor.tile_limit(), processor.tile_limit("auto"), processor.tile_limit(9)) == (6, 6, 9)
     assert small(max_tiles="auto").tile_limit() == tile_limit("auto") == 12
+
+
+def test_the_table_of_the_page_about_pictures_is_right():
+    rows = re.findall(
+        r"^\| (\d+) x (\d+) \| (\d+) x (\d+)(?: tiles)? \| ([\d,]+).*? \| (.+?)(?: tiles?)? \| ([\d,]+)",
+        (ROOT / "docs" / "pictures.md").read_text(encoding="utf-8"),
+        flags=re.MULTILINE,
+    )
+    assert len(rows) == 7
+    processor = MonoInternVLImageProcessor()
+    for width, height, cols, rows_, tokens, auto_grid, auto_tokens in rows:
+        size = int(width), int(height)
+        assert processor.grid_of(*size) == (int(cols), int(rows_))
+        assert 256 * processor.get_number_of_tiles(*size[::-1]) == int(tokens.replace(",", ""))
+        grid = processor.grid_of(*size, max_tiles="auto")
+        assert auto_grid == ("1" if grid == (1, 1) else f"{grid[0]} x {grid[1]}")
+        tiles = processor.get_number_of_tiles(*size[::-1], max_tiles="auto")
+        assert 256 * tiles == int(auto_tokens.replace(",", ""))
 
 
 @pytest.mark.parametrize("wrong", [0, -1, 2.5, True, "4", "Auto", "", b"auto", [4], (3,), {}])
