@@ -1,10 +1,10 @@
 """Ask about a video: a file, or without one a red circle that moves from left to right in 40 frames drawn here.
 
     python examples/video.py
-    python examples/video.py clip.mp4 "What is shown?" --model OpenGVLab/Mono-InternVL-2B     (files need: pip install av)
+    python examples/video.py clip.mp4 "What is shown?" --model OpenGVLab/Mono-InternVL-2B
 
-Each question is asked of 1, 2, 4 and 8 frames. The bundled nano has never seen a video: it takes the frames for one
-picture and counts the circle more than once (docs/prompts.md).
+A file needs PyAV (pip install av). Each question is asked of 1, 2, 4 and 8 frames. The bundled nano has never seen a
+video: it takes the frames for one picture and counts the circle more than once (docs/prompts.md).
 """
 
 import argparse
@@ -16,12 +16,7 @@ from mono_internvl import MonoInternVLForCausalLM
 from mono_internvl.common.models import load_model, resolve_model
 
 
-QUESTIONS = (
-    "What color is the circle?",
-    "How many circles are there?",
-    "Where is the red circle?",
-    "Describe the image.",
-)
+QUESTIONS = ("What color is the circle?", "How many circles are there?", "Describe the image.")
 
 
 def moving_circle(count: int = 40) -> list[Image.Image]:
