@@ -552,6 +552,7 @@ def test_the_released_configurations_names_point_to_the_page():
     [
         ({"max_tile": 4}, TypeError, "unknown option 'max_tile'"),
         ({"max_tiles": 4}, TypeError, "option of the processor"),
+        ({"num_frames": 4}, TypeError, "option of the processor"),
         ({"device": "cpu"}, TypeError, "did you mean 'device_map'"),
         ({"num_hidden_layers": 1}, TypeError, "value of text_config"),
         ({"visual_attention_experts": "qkv"}, ValueError, "missing: .*visual_q_proj"),
