@@ -23,6 +23,7 @@ from transformers.utils import logging
 from .compat_mono_internvl import IN_FLOAT16, check_keywords, cpu_has_bfloat16_units
 from .conversation_mono_internvl import History, conversation, grown_history
 from .image_processing_mono_internvl import flatten_pictures
+from .queries_mono_internvl import check_same_queries
 from .streaming_mono_internvl import AnswerStreamer, check_streamer, ended_on_failure
 
 
@@ -259,6 +260,7 @@ class MonoInternVLChatMixin:
                 f"<IMG_CONTEXT> is token {processor.image_token_id} of the processor, but the model looks for "
                 f"{expected}; load it with image_token_id={processor.image_token_id}, or give the model's own processor"
             )
+        check_same_queries(self.config, processor)  # type: ignore[attr-defined]
         return processor
 
     def _load_processor(self) -> Any:

@@ -21,6 +21,10 @@ ROPE_NUMBERS: dict[str, tuple[str, ...]] = {
 }
 
 
+# Where a block of learnable queries stands, see `MonoInternVLConfig`.
+QUERY_PLACEMENTS = ("image", "question")
+
+
 def check_numbers(where: str, config: Any, names: Iterable[str], kind: Any = int) -> None:
     """Raise a ValueError that names the first of `names` that is not a positive number of its kind."""
     for name in names:
@@ -53,17 +57,22 @@ def fields_of(config_class: type[PreTrainedConfig]) -> list[str]:
     return [name for name in config_class.__annotations__ if not name.startswith("_")]
 
 
-def check_queries(config: Any, placements: Iterable[str]) -> list[int] | None:
+def check_placement(count: Any, placement: Any) -> None:
+    """Raise a ValueError where a number of learnable queries or their place is not one that there is."""
+    if isinstance(count, bool) or not isinstance(count, int) or count < 0:
+        raise ValueError(f"num_learnable_queries={count!r} must be an integer that is not negative")
+    if placement not in QUERY_PLACEMENTS:
+        raise ValueError(f"query_placement={placement!r} must be one of {', '.join(QUERY_PLACEMENTS)}")
+
+
+def check_queries(config: Any) -> list[int] | None:
     """The sides of the grids of a configuration's learnable queries; None where there are none.
 
     Raises:
         ValueError: number, grids, place or placeholder do not fit; names what is there and what is allowed.
     """
     count, grids, token = config.num_learnable_queries, config.query_grids, config.query_token_id
-    if isinstance(count, bool) or not isinstance(count, int) or count < 0:
-        raise ValueError(f"num_learnable_queries={count!r} must be an integer that is not negative")
-    if config.query_placement not in placements:
-        raise ValueError(f"query_placement={config.query_placement!r} must be one of {', '.join(placements)}")
+    check_placement(count, config.query_placement)
     if count == 0:
         if grids or token is not None:
             raise ValueError(f"query_grids={grids!r} and query_token_id={token!r} need num_learnable_queries")

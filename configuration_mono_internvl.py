@@ -33,7 +33,6 @@ if TYPE_CHECKING:
 logger = logging.get_logger(__name__)
 
 VISUAL_ATTENTION_EXPERTS = ("none", "qkv", "qkvo")
-QUERY_PLACEMENTS = ("image", "question")
 # How routed experts are computed, see `experts_mono_internvl.py`.
 EXPERT_KERNELS = ("auto", "plain", "fused")
 # Where remote code finds each class; `AutoModel` is the model that chats.
@@ -338,7 +337,7 @@ class MonoInternVLConfig(PreTrainedConfig):
         if self.tie_word_embeddings or self.text_config.tie_word_embeddings:
             self.tie_word_embeddings = self.text_config.tie_word_embeddings = True
         self._check_control_ids()
-        self.query_grids = check_queries(self, QUERY_PLACEMENTS)
+        self.query_grids = check_queries(self)
         super().__post_init__(**kwargs)
 
     def _check_control_ids(self) -> None:

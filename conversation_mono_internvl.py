@@ -3,6 +3,7 @@
     conversation          `chat`: history + prompt + pictures -> messages, every picture in its place
     grown_history         the history with one turn more
     read_conversations    `apply_chat_template`: messages -> plain ones, and each picture with its place
+    with_queries          plain messages with the places of learnable queries
     marked_conversation   (prompt, answer) pairs with `<image>` marks + pictures -> messages
 
 Nothing that is passed in is changed.
@@ -223,6 +224,31 @@ def read_conversations(
         given = iter(left)
         filled.append((messages, [(at, next(given) if picture is None else picture) for at, picture in sources]))
     return filled
+
+
+def with_queries(messages: list[dict[str, Any]], placement: str) -> list[dict[str, Any]]:
+    """Plain messages with a part `{"type": "queries"}` for each block of learnable queries (BREEN, arXiv 2503.12446).
+
+    `image`: behind each picture. `question`: behind a message with pictures comes another by the same speaker, which
+    begins with one block and says the words of the first again.
+    """
+    placed: list[dict[str, Any]] = []
+    for message in messages:
+        content = message["content"]
+        parts = content if isinstance(content, list) else []
+        if not any(part["type"] == "image" for part in parts):
+            placed.append(message)
+        elif placement == "image":
+            grown: list[dict[str, Any]] = []
+            for part in parts:
+                grown += [part, {"type": "queries"}] if part["type"] == "image" else [part]
+            placed.append({**message, "content": grown})
+        else:
+            # As one text, whose own new line in front is the one that a picture's words begin on.
+            words = "".join(part["text"] for part in parts if part["type"] == "text").lstrip("\n")
+            repeated = [{"type": "text", "text": words}] if words else []
+            placed += [message, {**message, "content": [{"type": "queries"}, *repeated]}]
+    return placed
 
 
 def _take_images(

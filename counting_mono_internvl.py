@@ -20,7 +20,7 @@ from .chat_template_mono_internvl import (
     template_variables,
 )
 from .compat_mono_internvl import check_keywords
-from .conversation_mono_internvl import read_conversations
+from .conversation_mono_internvl import read_conversations, with_queries
 from .encoding_mono_internvl import encode
 from .image_processing_mono_internvl import Frame
 from .processing_options_mono_internvl import is_read
@@ -34,6 +34,8 @@ class CountingMixin:
     image_processor: Any
     tokenizer: Any
     chat_template: Any
+    num_learnable_queries: int
+    query_placement: str
 
     def share_tiles(self, image_options: dict[str, Any], count: int, frames: int = 0) -> dict[str, Any]:
         """The `count` pictures of one prompt share its budget of tiles, of which each frame of a video takes one.
@@ -82,6 +84,10 @@ class CountingMixin:
 
         return len(self._ids_without_pixels(messages, None, {}, tokens, {"num_frames": num_frames, "fps": fps}))
 
+    def _with_queries(self, messages: list[dict[str, Any]]) -> list[dict[str, Any]]:
+        """Plain messages with the places of learnable queries, where there are some."""
+        return with_queries(messages, self.query_placement) if self.num_learnable_queries else messages
+
     def _tiles(self, size: Sequence[int], options: dict[str, Any]) -> int:
         return self.image_processor.get_number_of_tiles(size[1], size[0], **options)
 
@@ -102,11 +108,12 @@ class CountingMixin:
         variables = {**variables, **extras}
 
         ((plain, pictures),) = read_conversations([messages], False, None, source, frame_counter(sampling))
+        plain = self._with_queries(plain)
         vocabulary = self._vocabulary(source)  # type: ignore[attr-defined]
         rendered = render_by_origin(self.tokenizer, plain, source, variables, vocabulary)
         prompt = self._with_bos(rendered)  # type: ignore[attr-defined]
         counts = None if tokens is None else tokens([picture for _, picture in pictures])
-        return encode(prompt, counts, vocabulary)[0]
+        return encode(prompt, counts, vocabulary, self.num_learnable_queries)[0]
 
     def chat_token_ids(
         self, messages: Sequence[dict[str, Any]], chat_template: str | None = None, **variables: Any

@@ -14,7 +14,7 @@ from transformers.feature_extraction_utils import BatchFeature
 
 from .chat_template_mono_internvl import Segment
 from .image_processing_mono_internvl import flatten_pictures
-from .vocabulary_mono_internvl import IMAGE_TOKEN, Vocabulary
+from .vocabulary_mono_internvl import IMAGE_TOKEN, QUERY_TOKEN, Vocabulary
 
 
 class MonoInternVLInputs(BatchFeature):
@@ -98,15 +98,50 @@ def placeholder_runs(text: str) -> list[str]:
 _NO_LIMIT = 10**9
 
 
-def encode(prompt: Iterable[Segment], tokens: list[int] | None, vocabulary: Vocabulary) -> tuple[list[int], list[int]]:
+def _expand_queries(
+    pieces: list[tuple[int | str, bool]], size: int, pictures: int, vocabulary: Vocabulary
+) -> list[tuple[int | str, bool]]:
+    """One placeholder, or a run of `size`, per block of learnable queries -> `size` of them.
+
+    Raises:
+        ValueError: a prompt with pictures and without a block, or the other way round, or a run of another length; by
+            what is there and what is wanted.
+    """
+    query = vocabulary.query_token_id
+    out: list[tuple[int | str, bool]] = []
+    blocks = 0
+    for is_query, run in itertools.groupby(pieces, key=lambda piece: query is not None and piece[0] == query):
+        found = list(run)
+        if not is_query:
+            out += found
+            continue
+        if len(found) not in (1, size):
+            raise ValueError(
+                f"{len(found)} {QUERY_TOKEN} stand together; a block of learnable queries is one, or "
+                + (f"{size}" if size else "none, since this processor has none")
+            )
+        blocks += 1
+        out += [(query, False)] * size  # type: ignore[list-item]
+    if bool(blocks) != bool(pictures and size):
+        raise ValueError(
+            f"{blocks} blocks of learnable queries ({QUERY_TOKEN}) for {pictures} pictures, and the processor has "
+            f"num_learnable_queries={size}: they come with pictures; apply_chat_template puts them in their places"
+        )
+    return out
+
+
+def encode(
+    prompt: Iterable[Segment], tokens: list[int] | None, vocabulary: Vocabulary, queries: int = 0
+) -> tuple[list[int], list[int]]:
     """Segments -> ids, and 1 where an answer or its `<|im_end|>` is.
 
-    `tokens`: visual tokens of each picture; None leaves placeholders as they stand.
+    `tokens`: visual tokens of each picture; None leaves placeholders as they stand. `queries`: learnable queries of a
+    block.
     """
     end_of_turn = vocabulary.control["<|im_end|>"]
     pieces: list[tuple[int | str, bool]] = []
     answered = False
-    pictures = vocabulary.image_token_ids
+    pictures = vocabulary.visual_ids
     for text, origin, learnt in prompt:
         template = origin == "template"
         table, pattern = (
@@ -126,7 +161,7 @@ def encode(prompt: Iterable[Segment], tokens: list[int] | None, vocabulary: Voca
             answered = False
         answered = origin == "answer"
     if tokens is not None:
-        pieces = _expand(pieces, tokens, vocabulary)
+        pieces = _expand_queries(_expand(pieces, tokens, vocabulary), queries, len(tokens), vocabulary)
 
     ids: list[int] = []
     answers: list[int] = []

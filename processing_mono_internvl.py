@@ -25,7 +25,13 @@ from .chat_template_mono_internvl import (
     template_source,
     template_variables,
 )
-from .conversation_mono_internvl import check_given, list_conversations, marked_conversation, read_conversations
+from .configuration_checks_mono_internvl import check_placement, without_unused
+from .conversation_mono_internvl import (
+    check_given,
+    list_conversations,
+    marked_conversation,
+    read_conversations,
+)
 from .counting_mono_internvl import CountingMixin, frame_counter, sampling_of
 from .encoding_mono_internvl import MonoInternVLInputs, deal_out, encode, pad, placed, truncate
 from .image_loading_mono_internvl import prefixed
@@ -37,6 +43,7 @@ from .vocabulary_mono_internvl import (
     IMAGE_END,
     IMAGE_START,
     IMAGE_TOKEN,
+    QUERY_TOKEN,
     AnswerDecoder,
     Vocabulary,
     checked_backend,
@@ -66,9 +73,18 @@ class MonoInternVLProcessor(CountingMixin, ProcessorMixin):
         image_processor: makes tiles and patches.
         tokenizer: a fast tokenizer with InternLM2's control tokens and `<img>`, `</img>`, `<IMG_CONTEXT>`.
         chat_template: default is the `internlm2-chat` template beside this file.
+        num_learnable_queries, query_placement: the model's, see `MonoInternVLConfig`.
     """
 
-    def __init__(self, image_processor=None, tokenizer=None, chat_template: str | None = None, **kwargs: Any):
+    def __init__(  # type: ignore[no-untyped-def]
+        self,
+        image_processor=None,
+        tokenizer=None,
+        chat_template: str | None = None,
+        num_learnable_queries: int = 0,
+        query_placement: str = "image",
+        **kwargs: Any,
+    ):
         if chat_template is None:
             beside = Path(__file__).with_name("chat_template.jinja")
             chat_template = beside.read_text(encoding="utf-8") if beside.exists() else None
@@ -76,6 +92,10 @@ class MonoInternVLProcessor(CountingMixin, ProcessorMixin):
         super().__init__(image_processor, tokenizer, chat_template=chat_template, **kwargs)
         if tokenizer is not None:
             checked_backend(tokenizer)
+        check_placement(num_learnable_queries, query_placement)
+        self.num_learnable_queries, self.query_placement = num_learnable_queries, query_placement
+        if num_learnable_queries and tokenizer is not None and self.query_token_id is None:
+            raise ValueError(f"num_learnable_queries={num_learnable_queries} need {QUERY_TOKEN} in the tokenizer")
 
     def _vocabulary(self, chat_template: str | None = None) -> Vocabulary:
         """The tokenizer's tokens as they are now; `chat_template` beside the processor's own."""
@@ -91,6 +111,11 @@ class MonoInternVLProcessor(CountingMixin, ProcessorMixin):
     def image_token_ids(self) -> list[int]:  # type: ignore[override]
         """The ids of `<IMG_CONTEXT>`, `<img>` and `</img>`."""
         return self.tokenizer.convert_tokens_to_ids([IMAGE_TOKEN, IMAGE_START, IMAGE_END])
+
+    @property
+    def query_token_id(self) -> int | None:
+        """The id of `<QUERY_CONTEXT>` where there are learnable queries."""
+        return checked_backend(self.tokenizer).token_to_id(QUERY_TOKEN) if self.num_learnable_queries else None
 
     @property
     def tokens_per_tile(self) -> int:
@@ -118,6 +143,10 @@ class MonoInternVLProcessor(CountingMixin, ProcessorMixin):
             TypeError: an option that neither part knows; names the nearest known one.
         """
         return load_parts(cls.__name__, pretrained_model_name_or_path, **kwargs)
+
+    def to_dict(self, *args: Any, **kwargs: Any) -> dict[str, Any]:
+        names = ("num_learnable_queries", "query_placement")
+        return without_unused(super().to_dict(*args, **kwargs), names[0], names)
 
     def save_pretrained(self, save_directory, push_to_hub: bool = False, **kwargs):  # type: ignore[no-untyped-def]
         """As in transformers; `preprocessor_config.json`, which some engines look for, is written too."""
@@ -255,6 +284,7 @@ class MonoInternVLProcessor(CountingMixin, ProcessorMixin):
         conversations, batched = list_conversations(conversation)
         frames_of = self._frame_reader(options) if tokenize else frame_counter(options)
         found = read_conversations(conversations, batched, images if beside is None else beside, source, frames_of)
+        found = [(self._with_queries(messages), sources) for messages, sources in found]
         if not tokenize:
             rendered = [render(self.tokenizer, messages, source, variables) for messages, _ in found]
             return rendered if batched else rendered[0]
@@ -327,11 +357,9 @@ class MonoInternVLProcessor(CountingMixin, ProcessorMixin):
                 tokens = [int(tiles) * self.tokens_per_tile for tiles in features["num_tiles"]]
             elif images is not None:
                 tokens = []
-            ids, answers = encode(prompt, tokens, vocabulary)
+            ids, answers = encode(prompt, tokens, vocabulary, self.num_learnable_queries)
             if options.get("truncation") not in (None, False, "do_not_truncate"):
-                ids, answers = truncate(
-                    self.tokenizer, vocabulary.image_token_ids, ids, answers, options.get("max_length")
-                )
+                ids, answers = truncate(self.tokenizer, vocabulary.visual_ids, ids, answers, options.get("max_length"))
             rows["input_ids"].append(ids)
             rows["assistant_masks"].append(answers)
 

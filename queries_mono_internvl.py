@@ -5,6 +5,8 @@ A block is all queries in order: the finest grid first, row by row. In `input_id
 (`query_token_id`), so that a block is found by its placeholders as a picture is by its own.
 """
 
+from typing import Any
+
 import torch
 from torch import nn
 
@@ -33,3 +35,14 @@ def refuse_broken_blocks(broken_rows: int, config: MonoInternVLConfig) -> None:
         f"{broken_rows} of the rows hold a part of a block of learnable queries: their number of query placeholders "
         f"(id {config.query_token_id}) must be a multiple of {config.num_learnable_queries}"
     )
+
+
+def check_same_queries(config: MonoInternVLConfig, processor: Any) -> None:
+    """
+    Raises:
+        ValueError: a model and a processor that say different things of learnable queries; names both.
+    """
+    names = ("num_learnable_queries", "query_placement", "query_token_id")
+    model, given = ({name: getattr(one, name, None) for name in names} for one in (config, processor))
+    if config.num_learnable_queries != (given[names[0]] or 0) or (config.num_learnable_queries and model != given):
+        raise ValueError(f"the model has {model}, but the processor {given}; give the model's own processor")

@@ -24,10 +24,12 @@ from tokenizers import AddedToken, Encoding, Tokenizer
 
 
 IMAGE_START, IMAGE_END, IMAGE_TOKEN = "<img>", "</img>", "<IMG_CONTEXT>"
+# Stands for one learnable query; only the tokenizers of models that have some know it.
+QUERY_TOKEN = "<QUERY_CONTEXT>"
 GROUNDING_TAGS = ("<quad>", "</quad>", "<ref>", "</ref>", "<box>", "</box>")
 CONTROL_TOKENS = (
     *("<unk>", "<s>", "</s>", "<|plugin|>", "<|interpreter|>", "<|action_end|>", "<|action_start|>"),
-    *("<|im_end|>", "<|im_start|>", IMAGE_START, IMAGE_END, IMAGE_TOKEN),
+    *("<|im_end|>", "<|im_start|>", IMAGE_START, IMAGE_END, IMAGE_TOKEN, QUERY_TOKEN),
 )
 _NEEDED = (IMAGE_TOKEN, IMAGE_START, IMAGE_END, "<|im_start|>", "<|im_end|>")
 _ROLES = ("bos_token", "eos_token", "unk_token", "pad_token", "sep_token", "cls_token", "mask_token")
@@ -89,6 +91,8 @@ class Vocabulary:
         control_pattern, content_pattern, template_pattern: split a text at control tokens, at grounding tags and at
             both, and keep them (the odd places of `split`).
         image_token_id, image_token_ids: of `<IMG_CONTEXT>`; of it, `<img>` and `</img>`.
+        query_token_id: of `<QUERY_CONTEXT>`, None where the tokenizer has none.
+        visual_ids: all of these, which are never learnt and never cut off.
         size: ids from here on have no token.
     """
 
@@ -110,6 +114,8 @@ class Vocabulary:
         self.template_pattern = _alternatives(self.fixed)
         self.image_token_ids = [ids[token] for token in (IMAGE_TOKEN, IMAGE_START, IMAGE_END)]
         self.image_token_id = ids[IMAGE_TOKEN]
+        self.query_token_id = ids.get(QUERY_TOKEN)
+        self.visual_ids = {*self.image_token_ids, *([] if self.query_token_id is None else [self.query_token_id])}
         self.size = backend.get_vocab_size(with_added_tokens=True)
         self._encoder = self._copy(backend, added)
         self._forged = frozenset(self.control.values()) - {self._encoder.token_to_id("<unk>")}

@@ -19,6 +19,7 @@ from ..configuration_mono_internvl import MonoInternVLConfig
 from ..loading_mono_internvl import adapter_base, list_gaps, put_adapter
 from ..modeling_mono_internvl import MonoInternVLForCausalLM
 from ..processing_mono_internvl import MonoInternVLProcessor
+from ..queries_mono_internvl import check_same_queries
 
 
 # The nano travels with the package, beside the model's code.
@@ -131,6 +132,10 @@ def load_model(
             f"{model}: <IMG_CONTEXT> is token {processor.image_token_id} of its tokenizer, but the model looks for "
             f"{config.image_token_id}; pass --image-token-id {processor.image_token_id}"
         )
+    try:
+        check_same_queries(config, processor)
+    except ValueError as error:
+        raise ModelError(f"{model}: {error}") from error
     base = base_of_adapter(model)
     chosen = _choose_dtype(dtype, place, config)
     with _naming(base or model):

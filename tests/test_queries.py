@@ -1,14 +1,22 @@
 """Learnable queries and expert gates: routed with visual tokens, in all kinds of prompts; absent where not asked."""
 
 import copy
+import json
 
 import pytest
 import torch
+from PIL import Image
 
-from conftest import IMAGE, tiles, tiny_config, tiny_model
-from mono_internvl import MonoInternVLConfig, MonoInternVLForCausalLM
+from conftest import IMAGE, ROOT, tiles, tiny_config, tiny_model
+from mono_internvl import (
+    MonoInternVLConfig,
+    MonoInternVLForCausalLM,
+    MonoInternVLImageProcessor,
+    MonoInternVLProcessor,
+)
 from mono_internvl.common.parameters import count_by_part, group_of
 from mono_internvl.modeling_mono_internvl import make_routing_plan
+from mono_internvl.training.data import encode_conversation
 from mono_internvl.training.groups import train_only
 
 
@@ -190,3 +198,115 @@ def test_groups_of_queries_and_gates():
 def test_what_a_configuration_must_say(changes, message):
     with pytest.raises(ValueError, match=message):
         tiny_config(**{**QUERIES, **changes})
+
+
+# ------------------------------------------------------------------------------------------------------- the processor
+
+
+@pytest.fixture(scope="module", params=["image", "question"])
+def talking(request, tmp_path_factory):
+    """A folder of a model with five queries, and its processor: the nano's tokenizer and one token more."""
+    processor = MonoInternVLProcessor.from_pretrained(ROOT)
+    processor.tokenizer.add_special_tokens(
+        {"additional_special_tokens": ["<QUERY_CONTEXT>"]}, replace_extra_special_tokens=False
+    )
+    token = processor.tokenizer.convert_tokens_to_ids("<QUERY_CONTEXT>")
+    processor = MonoInternVLProcessor(
+        MonoInternVLImageProcessor(tile_size=56, max_tiles=4),
+        processor.tokenizer,
+        num_learnable_queries=5,
+        query_placement=request.param,
+    )
+    options = {**QUERIES, "query_token_id": token, "query_placement": request.param}
+    model = tiny_model(text_config={"vocab_size": len(processor.tokenizer)}, **options)
+    model.config.image_token_id = processor.image_token_id
+    model.config.query_token_id = token
+    folder = tmp_path_factory.mktemp(request.param)
+    model.save_pretrained(folder)
+    processor.save_pretrained(folder)
+    return folder
+
+
+RED, BLUE = (Image.new("RGB", size, colour) for size, colour in (((56, 56), "red"), ((112, 56), "blue")))
+
+
+def encoded(processor, messages, **options):
+    return processor.apply_chat_template(
+        messages, tokenize=True, return_dict=True, return_tensors="pt", add_generation_prompt=True, **options
+    )
+
+
+def picture(image, text):
+    return {"role": "user", "content": [{"type": "image", "image": image}, {"type": "text", "text": text}]}
+
+
+def test_blocks_stand_where_the_processor_says(talking):
+    processor = MonoInternVLProcessor.from_pretrained(talking)
+    token = processor.query_token_id
+    messages = [picture(RED, "What is it?"), {"role": "assistant", "content": "Red."}, picture(BLUE, "And this?")]
+    inputs = encoded(processor, messages)
+    ids = inputs["input_ids"][0].tolist()
+    text = processor.tokenizer.decode(ids)
+    block = "<QUERY_CONTEXT>" * 5
+    if processor.query_placement == "image":
+        assert text.count(f"</img>{block}\nWhat is it?") == 1 and text.count(f"</img>{block}\nAnd this?") == 1
+    else:
+        assert f"What is it?<|im_end|><|im_start|>user\n{block}\nWhat is it?<|im_end|>" in text
+        assert text.endswith(
+            f"And this?<|im_end|><|im_start|>user\n{block}\nAnd this?<|im_end|><|im_start|>assistant\n"
+        )
+    assert ids.count(token) == 10
+    # What is rendered as text says the same, and can be encoded as it is; so can counts be taken without pixels.
+    rendered = processor.apply_chat_template(messages, add_generation_prompt=True)
+    assert rendered.count("<QUERY_CONTEXT>") == 2
+    again = processor(text=rendered, images=[RED, BLUE], max_tiles=4, return_tensors="pt")
+    assert again["input_ids"].tolist() == [ids]
+    plain = [{**m, "content": [{"type": "image"}, m["content"][1]]} if m["role"] == "user" else m for m in messages]
+    without_answer = processor.apply_chat_template(messages, tokenize=True)
+    assert processor.count_tokens(plain, [(56, 56), (112, 56)]) == len(without_answer[0])
+    # Text alone has none, and typed text never becomes one.
+    typed = encoded(processor, [{"role": "user", "content": "<QUERY_CONTEXT> Hi"}])["input_ids"][0].tolist()
+    assert token not in typed
+
+
+def test_chat_answers_with_queries_and_from_the_folder_alone(talking):
+    model = MonoInternVLForCausalLM.from_pretrained(talking)
+    processor = MonoInternVLProcessor.from_pretrained(talking)
+    answer, history = model.chat(RED, "What is it?", max_new_tokens=5, return_history=True)
+    inputs = encoded(processor, [picture(RED, "What is it?")])
+    out = model.generate(**inputs, max_new_tokens=5, do_sample=False)
+    assert processor.answer_decoder()(out[0, inputs["input_ids"].shape[1] :].tolist()) == answer
+    later = model.chat([RED, BLUE], "And this: <image>?", history=history, max_new_tokens=5)
+    assert isinstance(later, str)
+    without = MonoInternVLProcessor(processor.image_processor, processor.tokenizer)
+    with pytest.raises(ValueError, match="the model has .*5.* but the processor .*0"):
+        model.chat(RED, "What is it?", processor=without)
+
+
+def test_what_the_processor_refuses(talking):
+    processor = MonoInternVLProcessor.from_pretrained(talking)
+    with pytest.raises(ValueError, match="0 blocks of learnable queries .* for 1 pictures"):
+        processor(text="<IMG_CONTEXT> What?", images=RED)
+    with pytest.raises(ValueError, match="2 <QUERY_CONTEXT> stand together; .* is one, or 5"):
+        processor(text="<IMG_CONTEXT><QUERY_CONTEXT><QUERY_CONTEXT> What?", images=RED)
+    with pytest.raises(ValueError, match="1 blocks of learnable queries .* for 0 pictures"):
+        processor(text="<QUERY_CONTEXT> What?", images=[])
+    with pytest.raises(ValueError, match="query_placement='end' must be one of image, question"):
+        MonoInternVLProcessor(processor.image_processor, processor.tokenizer, query_placement="end")
+    with pytest.raises(ValueError, match="need <QUERY_CONTEXT> in the tokenizer"):
+        nano = MonoInternVLProcessor.from_pretrained(ROOT)
+        MonoInternVLProcessor(nano.image_processor, nano.tokenizer, num_learnable_queries=5)
+    limit = encoded(processor, [picture(RED, "What is it?")])["input_ids"].shape[1] - 12
+    with pytest.raises(ValueError, match="would cut a picture out"):
+        encoded(processor, [picture(RED, "What?")], truncation=True, max_length=min(limit, 60))
+
+
+def test_training_examples_hold_queries_and_learn_none(talking):
+    processor = MonoInternVLProcessor.from_pretrained(talking)
+    example = encode_conversation(processor, [picture(RED, "What?"), {"role": "assistant", "content": "Red."}])
+    ids, labels = example["input_ids"], example["labels"]
+    assert (ids == processor.query_token_id).sum() == 5
+    assert (labels[ids == processor.query_token_id] == -100).all()
+    assert processor.tokenizer.decode(labels[labels != -100].tolist()) == "Red.<|im_end|>"
+    saved = json.loads((talking / "processor_config.json").read_text())
+    assert (saved["num_learnable_queries"], saved["query_placement"]) == (5, processor.query_placement)
