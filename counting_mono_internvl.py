@@ -84,9 +84,12 @@ class CountingMixin:
 
         return len(self._ids_without_pixels(messages, None, {}, tokens, {"num_frames": num_frames, "fps": fps}))
 
-    def _with_queries(self, messages: list[dict[str, Any]]) -> list[dict[str, Any]]:
-        """Plain messages with the places of learnable queries, where there are some."""
-        return with_queries(messages, self.query_placement) if self.num_learnable_queries else messages
+    def _read(self, *conversations: Any) -> list[tuple[list[dict[str, Any]], list[tuple[str, Any]]]]:
+        """`read_conversations`, with the places of learnable queries where there are some."""
+        found = read_conversations(*conversations)
+        if not self.num_learnable_queries:
+            return found
+        return [(with_queries(messages, self.query_placement), pictures) for messages, pictures in found]
 
     def _tiles(self, size: Sequence[int], options: dict[str, Any]) -> int:
         return self.image_processor.get_number_of_tiles(size[1], size[0], **options)
@@ -107,8 +110,7 @@ class CountingMixin:
         extras = template_extras(source, variables.pop("tools", None), variables.pop("documents", None))
         variables = {**variables, **extras}
 
-        ((plain, pictures),) = read_conversations([messages], False, None, source, frame_counter(sampling))
-        plain = self._with_queries(plain)
+        ((plain, pictures),) = self._read([messages], False, None, source, frame_counter(sampling))
         vocabulary = self._vocabulary(source)  # type: ignore[attr-defined]
         rendered = render_by_origin(self.tokenizer, plain, source, variables, vocabulary)
         prompt = self._with_bos(rendered)  # type: ignore[attr-defined]

@@ -30,7 +30,6 @@ from .conversation_mono_internvl import (
     check_given,
     list_conversations,
     marked_conversation,
-    read_conversations,
 )
 from .counting_mono_internvl import CountingMixin, frame_counter, sampling_of
 from .encoding_mono_internvl import MonoInternVLInputs, deal_out, encode, pad, placed, truncate
@@ -283,8 +282,7 @@ class MonoInternVLProcessor(CountingMixin, ProcessorMixin):
         variables.update(template_extras(source, tools, documents))
         conversations, batched = list_conversations(conversation)
         frames_of = self._frame_reader(options) if tokenize else frame_counter(options)
-        found = read_conversations(conversations, batched, images if beside is None else beside, source, frames_of)
-        found = [(self._with_queries(messages), sources) for messages, sources in found]
+        found = self._read(conversations, batched, images if beside is None else beside, source, frames_of)
         if not tokenize:
             rendered = [render(self.tokenizer, messages, source, variables) for messages, _ in found]
             return rendered if batched else rendered[0]

@@ -29,7 +29,7 @@ QUERY_TOKEN = "<QUERY_CONTEXT>"
 GROUNDING_TAGS = ("<quad>", "</quad>", "<ref>", "</ref>", "<box>", "</box>")
 CONTROL_TOKENS = (
     *("<unk>", "<s>", "</s>", "<|plugin|>", "<|interpreter|>", "<|action_end|>", "<|action_start|>"),
-    *("<|im_end|>", "<|im_start|>", IMAGE_START, IMAGE_END, IMAGE_TOKEN, QUERY_TOKEN),
+    *("<|im_end|>", "<|im_start|>", IMAGE_START, IMAGE_END, IMAGE_TOKEN),
 )
 _NEEDED = (IMAGE_TOKEN, IMAGE_START, IMAGE_END, "<|im_start|>", "<|im_end|>")
 _ROLES = ("bos_token", "eos_token", "unk_token", "pad_token", "sep_token", "cls_token", "mask_token")
@@ -98,7 +98,7 @@ class Vocabulary:
 
     def __init__(self, backend: Tokenizer, added: dict[int, AddedToken], roles: set[str], named: frozenset[str]):
         self.named = named
-        known = (*CONTROL_TOKENS, *GROUNDING_TAGS)
+        known = (*CONTROL_TOKENS, QUERY_TOKEN, *GROUNDING_TAGS)
         ids = {token: i for token in known if (i := backend.token_to_id(token)) is not None}
         # Ours come behind a base's tokens, and a user's behind ours.
         last = max(i for token, i in ids.items() if token in (IMAGE_START, IMAGE_END, IMAGE_TOKEN, *GROUNDING_TAGS))
