@@ -14,6 +14,7 @@ FOLDERS = (
     "common",
     "conversion",
     "evaluation",
+    "export",
     "plates",
     "serving",
     "tokenization",
@@ -23,6 +24,7 @@ TRAIN = ["accelerate", "peft", "datasets", "tensorboard", "pyyaml"]
 EVAL = ["matplotlib"]
 # Decodes video files; without it a list of frames is read.
 VIDEO = ["av>=14.1"]
+GGUF = ["gguf>=0.17.1"]
 # The fused expert kernel. CUDA builds of torch bring their own; on a CPU its interpreter tests the kernel.
 KERNEL = ["triton>=3.6; platform_system == 'Linux'"]
 FONTS = [f"font-{name}" for name in ("caladea", "lato", "manrope", "roboto", "source-sans-pro", "source-serif-pro")]
@@ -65,9 +67,11 @@ setup(
         "video": VIDEO,
         "quant": ["torchao", "bitsandbytes"],
         "eval": EVAL,
+        # Writing the files. llama.cpp, which runs them, gets an environment of its own: export/constraints.txt.
+        "gguf": GGUF,
         # The fonts that the bundled model learnt its digits from.
         "nano": [*TRAIN, *EVAL, *FONTS],
-        "dev": [*TRAIN, *EVAL, *KERNEL, *VIDEO, "trl", "pytest", "ruff", "mypy"],
+        "dev": [*TRAIN, *EVAL, *GGUF, *KERNEL, *VIDEO, "trl", "pytest", "ruff", "mypy"],
     },
     entry_points={
         "console_scripts": ["mono-internvl = mono_internvl_cli:main"],

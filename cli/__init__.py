@@ -21,6 +21,7 @@ from .convert import convert
 from .demo import demo
 from .evaluate import evaluate
 from .expand import expand
+from .export import export
 from .inspect import inspect
 from .merge import merge
 from .tiles import tiles
@@ -63,6 +64,7 @@ def options(
 
 for _command in (chat, demo, tiles, attention, inspect, tokenizer, evaluate, expand, convert, merge, benchmark):
     app.command()(_command)
+app.add_typer(export, name="export")
 # A recipe's keys are options too; `train` reads them itself.
 app.command(context_settings={"allow_extra_args": True, "ignore_unknown_options": True})(train)
 

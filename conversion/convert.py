@@ -87,9 +87,9 @@ def convert_checkpoint(
     destination = expand_user(destination)
     check_destination(destination)
     folder, origin = find_source(source)
-    config = _read_config(folder, image_token_id)
+    config = read_config(folder, image_token_id, "convert")
     with Checkpoint(folder) as given:
-        layout = _layout(given)
+        layout = layout_of(given)
         if layout == to:
             raise ValueError(f"{folder} is in the {to} layout already")
         if to == "official":
@@ -124,14 +124,19 @@ def convert_checkpoint(
         return job.run(destination, write_files, compare if verify else None, max_shard_size, progress)
 
 
-def _read_config(folder: Path, image_token_id: int | None) -> MonoInternVLConfig:
+def read_config(folder: Path, image_token_id: int | None, command: str) -> MonoInternVLConfig:
+    """The configuration of a folder that `command` (for the message) was given.
+
+    Raises:
+        ValueError: it is no Mono-InternVL's, or damaged; names the file.
+    """
     path = folder / "config.json"
     values = read_json(path)
     kind = values.get("model_type")
     described = vision_kind(values)
     if kind not in ("mono_internvl", "internvl_chat") or described != MONO_INTERNVL:
         described = described or f"of the architecture {(values.get('architectures') or [kind])[0]}"
-        raise ValueError(f"{folder} is {described}; convert takes a Mono-InternVL in the official layout or ours")
+        raise ValueError(f"{folder} is {described}; {command} takes a Mono-InternVL in the official layout or ours")
     text = values.get("llm_config" if kind == "internvl_chat" else "text_config")
     if not isinstance(text, dict) or not isinstance(text.get("num_key_value_heads"), int):
         raise ValueError(f"{path}: num_key_value_heads of the language model must be given as a whole number")
@@ -142,7 +147,7 @@ def _read_config(folder: Path, image_token_id: int | None) -> MonoInternVLConfig
         raise ValueError(f"{path}: {error}") from error
 
 
-def _layout(given: Checkpoint) -> str:
+def layout_of(given: Checkpoint) -> str:
     """official or native, by its names.
 
     Raises:

@@ -184,7 +184,7 @@ def temporary_folder(destination: Path, key: str, nbytes: int) -> Iterator[Path]
     _warn_of_stale_work(place, folder)
     if place.is_dir():
         _check_empty(place, destination, folder)
-    there = sum(path.stat().st_size for path in folder.glob("*.safetensors*")) if folder.is_dir() else 0
+    there = sum(path.stat().st_size for path in folder.iterdir() if path.is_file()) if folder.is_dir() else 0
     needed = max(nbytes - there, 0) + _OTHER_FILES_BYTES
     free = shutil.disk_usage(_nearest_folder(place)).free
     if free < needed:

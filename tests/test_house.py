@@ -16,7 +16,7 @@ FLOORS = (
     *("processing_options", "processor_loading", "counting", "processing", "weight_mapping", "loading"),
     *("expert_kernels", "experts", "attention", "rope", "vision", "queries", "norm", "output_head", "outputs"),
     *("training_mono_internvl", "generation", "streaming", "chat", "modeling"),
-    *("common", "plates", "conversion", "evaluation", "training", "serving", "benchmarks", "cli"),
+    *("common", "plates", "conversion", "export", "evaluation", "training", "serving", "benchmarks", "cli"),
 )
 ROOT_FILES = sorted(ROOT.glob("*_mono_internvl.py"))
 
