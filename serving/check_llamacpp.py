@@ -54,13 +54,15 @@ from .check_vllm import (
 QUESTIONS = 72
 # Of answers that must be equal: llama.cpp's GELU is an approximation, and its thumbnail is resized by other code.
 SHARE = 0.95
+# A random model's next tokens are nearly as likely as one another, and every one of 24 must be the same.
+RANDOM_SHARE = 0.85
 START_SECONDS = 300
 
 
 # ---------------------------------------------------------------------------------------------------------- the runtime
 
 
-def _serve(folder: str, settings: dict[str, Any], to_parent: Any) -> None:
+def _serve(folder: str, settings: dict[str, Any], exact: bool, to_parent: Any) -> None:
     """In a process of its own: llama.cpp's server, until the parent closes the pipe."""
     import xllamacpp
 
@@ -73,6 +75,9 @@ def _serve(folder: str, settings: dict[str, Any], to_parent: Any) -> None:
     parameters.use_jinja = True
     for name, value in settings.items():
         setattr(parameters, name, value)
+    if exact:
+        parameters.cache_type_k = parameters.cache_type_v = xllamacpp.ggml_type.GGML_TYPE_F32
+        parameters.flash_attn_type = xllamacpp.llama_flash_attn_type.LLAMA_FLASH_ATTN_TYPE_DISABLED
     server = xllamacpp.Server(parameters)
     to_parent.send(server.listening_address)
     with suppress(EOFError):
@@ -113,11 +118,14 @@ class Runtime:
 
 
 @contextmanager
-def runtime(folder: Path, **settings: Any) -> Iterator[Runtime]:
-    """llama.cpp with the files of a folder; ends with the block, and a crash of its is a failed check."""
+def runtime(folder: Path, *, exact: bool = False, **settings: Any) -> Iterator[Runtime]:
+    """llama.cpp with the files of a folder; ends with the block, and a crash of its is a failed check.
+
+    `exact`: the key cache in float32, where llama.cpp's own choice is float16.
+    """
     context = multiprocessing.get_context("spawn")
     ours, theirs = context.Pipe()
-    process = context.Process(target=_serve, args=(str(folder), settings, theirs), daemon=True)
+    process = context.Process(target=_serve, args=(str(folder), settings, exact, theirs), daemon=True)
     process.start()
     theirs.close()
     try:
@@ -327,16 +335,17 @@ def check_layouts(folders: Path) -> str:
         wrong = reference(source, requests, visual_experts=False)
         # The graph for attention experts takes a prompt's first token from a wrong row unless rows come one by one.
         settings = {"n_ubatch": 1} if "experts" in name else {}
-        with exported(source, folders) as folder, runtime(folder, **settings) as server:
+        with exported(source, folders) as folder, runtime(folder, exact=True, **settings) as server:
             given = [server.tokens(request) for request in requests]
         shown = [i for i, request in enumerate(requests) if request.pictures]
         differ = sum(given[i] != wrong[i] for i in shown)
-        off = [r.name for r, a, b in zip(requests, given, expected, strict=True) if a != b]
-        require(equal(given, expected) >= SHARE * len(requests), f"{name}: {len(off)} differ: {', '.join(off)}")
+        off = [i for i, (a, b) in enumerate(zip(given, expected, strict=True)) if a != b]
+        names = ", ".join(requests[i].name for i in off)
+        require(set(off) <= set(shown), f"{name}: of the texts some differ: {names}")
+        require(len(off) <= (1 - RANDOM_SHARE) * len(shown), f"{name}: {len(off)} of {len(shown)} differ: {names}")
         require(2 * differ > len(shown), f"{name}: visual experts decide only {differ} of {len(shown)}")
         counts.append(
-            f"{name} {equal(given, expected)} of {len(requests)} (without visual experts {differ} of "
-            f"{len(shown)} differ)"
+            f"{name} {len(requests) - len(off)} of {len(requests)} ({differ} of {len(shown)} without visual experts)"
         )
     return "; ".join(counts)
 
