@@ -82,9 +82,9 @@ def make_dense(folder: Path, config: dict[str, Any] = DENSE_2B, shards: int = 4,
     return total
 
 
-def run_expand(source: Path, destination: Path, *options: str) -> dict[str, float]:
-    """`mono-internvl expand` in a process of its own: seconds, and peak resident bytes (what `time -v` prints)."""
-    command = [sys.executable, "-m", "mono_internvl", "expand", str(source), str(destination), *options]
+def run_command(*arguments: str) -> dict[str, float]:
+    """`mono-internvl ARGUMENTS` in a process of its own: seconds, and peak resident bytes (what `time -v` prints)."""
+    command = [sys.executable, "-m", "mono_internvl", *arguments]
     start = time.perf_counter()
     done = subprocess.run([sys.executable, "-c", _PEAK, *command], check=True, stdout=subprocess.PIPE, text=True)
     return {"seconds": time.perf_counter() - start, "peak_bytes": 1024 * int(done.stdout)}
@@ -142,7 +142,7 @@ def main(
         if tokenizer is not None:
             shutil.copyfile(tokenizer, dense / "tokenizer.model")
         for _ in range(rounds):
-            measured = run_expand(dense, expanded, "--no-verify")
+            measured = run_command("expand", str(dense), str(expanded), "--no-verify")
             size = sum(path.stat().st_size for path in expanded.iterdir())
             largest = max(path.stat().st_size for path in expanded.glob("*.safetensors"))
             seconds = copy_folder(expanded, copied)
@@ -157,7 +157,7 @@ def main(
             results |= {"output_bytes": size, "largest_shard_bytes": largest}
             shutil.rmtree(copied)
             shutil.rmtree(expanded)
-        verified = run_expand(dense, expanded)
+        verified = run_command("expand", str(dense), str(expanded))
         results["with_verification"] = {
             "seconds": verified["seconds"],
             "peak_gb": verified["peak_bytes"] / 1e9,

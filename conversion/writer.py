@@ -417,7 +417,7 @@ def _write_shard(
         for output in _aligned(outputs):
             finite = True
             for piece in produce(output, plan, source):
-                finite = finite and _is_finite(piece)
+                finite = finite and is_finite(piece)
                 count(_write_all(file, piece.flatten().view(torch.uint8).numpy().data))
             if not finite:
                 not_finite.append(output.name)
@@ -461,7 +461,10 @@ def _write_all(file: Any, data: bytes | memoryview) -> int:
     return len(data)
 
 
-def _is_finite(piece: torch.Tensor) -> bool:
-    """Whether there is no NaN and no infinity. A sum is many times faster than a look at each value, and catches both;
-    only where it is not finite (it may also overflow) the values are looked at."""
-    return bool(torch.isfinite(piece.sum())) or bool(torch.isfinite(piece).all())
+def is_finite(piece: torch.Tensor) -> bool:
+    """Whether there is no NaN and no infinity: one of the two ends would be it, and they cost a tenth of a look at
+    each value."""
+    if piece.numel() == 0:
+        return True
+    low, high = piece.aminmax()
+    return bool(torch.isfinite(low)) and bool(torch.isfinite(high))

@@ -104,10 +104,10 @@ def _write(
             for file, tensors in files.items():
                 if spoilt := write_gguf(writers[file], folder / file, tensors, count):
                     logger.warning("%d tensors hold NaN or infinite values: %s", len(spoilt), ", ".join(spoilt))
-            publish_folder(folder, destination)
         except BaseException:
             shutil.rmtree(folder, ignore_errors=True)
             raise
+        publish_folder(folder, destination)
 
 
 # ----------------------------------------------------------------------------------------------------- what can be held
