@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from .common import ImageTokenOption, quiet_libraries
+from .common import ImageTokenOption, MaxTilesOption, quiet_libraries
 from .convert import byte_bar, one_of
 
 
@@ -34,6 +34,7 @@ def gguf(
         str, typer.Option("--type", metavar="TYPE", help=f"of the matrices: {', '.join(GGUF_TYPES)} (the model's own)")
     ] = "auto",
     name: Annotated[str | None, typer.Option(metavar="NAME", help="what runtimes show  [default: MODEL's]")] = None,
+    max_tiles: MaxTilesOption = None,
     image_token_id: ImageTokenOption = None,
     repaired_cogvlm: Annotated[
         bool, typer.Option("--repaired-cogvlm", help="for a llama.cpp that heeds theta with visual attention experts")
@@ -51,6 +52,7 @@ def gguf(
             destination,
             kind,
             name=name,
+            max_tiles=max_tiles,
             image_token_id=image_token_id,
             repaired_cogvlm=repaired_cogvlm,
             progress=progress,

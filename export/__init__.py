@@ -23,6 +23,7 @@ def export_gguf(
     type: str = "auto",
     *,
     name: str | None = None,
+    max_tiles: int | None = None,
     image_token_id: int | None = None,
     repaired_cogvlm: bool = False,
     progress: Progress | None = None,
@@ -34,6 +35,7 @@ def export_gguf(
         destination: folder to make; must not exist, or be empty. After a failure nothing of it is left.
         type: of the decoder's matrices, one of `GGUF_TYPES`; vectors and the visual embedding are float32.
         name: what runtimes show; default: the folder's or the repository's.
+        max_tiles: most tiles of a picture, which runtimes have no setting for; default: the processor's.
         image_token_id: of an official source whose nine tokens are not its last ids.
         repaired_cogvlm: write visual attention experts whose theta llama.cpp does not heed unless it is repaired.
         progress: called with (bytes written, bytes in all).
@@ -56,6 +58,7 @@ def export_gguf(
         destination,
         type,
         name=name,
+        max_tiles=max_tiles,
         image_token_id=image_token_id,
         repaired_cogvlm=repaired_cogvlm,
         progress=progress,

@@ -22,6 +22,7 @@ from ..conversion.plan import EMBEDDING
 from ..conversion.source import Checkpoint, find_source
 from ..conversion.writer import Progress, check_destination, expand_user, job_key, publish_folder, temporary_folder
 from ..processing_mono_internvl import MonoInternVLProcessor
+from ..tiling_mono_internvl import check_positive
 from .gguf_files import write_gguf
 from .gguf_metadata import Identity, write_text_metadata, write_vision_metadata
 from .gguf_tensors import COGVLM_THETA, GgufTensor, Weights, architecture, text_tensors, vision_tensors
@@ -40,6 +41,7 @@ def export(
     kind: str,
     *,
     name: str | None,
+    max_tiles: int | None,
     image_token_id: int | None,
     repaired_cogvlm: bool,
     progress: Progress | None,
@@ -57,6 +59,11 @@ def export(
         if not has_tokenizer(folder):
             raise FileNotFoundError(f"{folder} has no tokenizer, which a GGUF file holds")
         processor = MonoInternVLProcessor.from_pretrained(folder)
+        if max_tiles is not None:
+            images = processor.image_processor
+            check_positive("max_tiles", max_tiles)
+            # As in a call of the image processor: a lower limit lowers the other one too.
+            images.min_tiles, images.max_tiles = min(images.min_tiles, max_tiles), max_tiles
         _check_processor(processor, config, folder)
         if kind == "f16":
             logger.warning(
@@ -76,7 +83,7 @@ def export(
         write_text_metadata(writers[MODEL], config, processor, _stops(config, processor, folder))
         write_vision_metadata(writers[MMPROJ], config, processor.image_processor)
         start = time.monotonic()
-        key = job_key(given, __version__, "export gguf", kind, name, config.to_json_string())
+        key = job_key(given, __version__, "export gguf", kind, name, max_tiles, config.to_json_string())
         _write(destination, key, writers, files, progress)
     sizes = {file: (destination / file).stat().st_size for file in (MODEL, MMPROJ)}
     tensors_in_all = sum(len(tensors) for tensors in files.values())

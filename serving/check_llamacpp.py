@@ -27,6 +27,7 @@ import typer
 from PIL import Image
 
 from ..configuration_mono_internvl import MonoInternVLConfig
+from ..evaluation.scoring import is_correct
 from ..export import GGUF_TYPES, export_gguf
 from ..image_processing_mono_internvl import MonoInternVLImageProcessor
 from ..modeling_mono_internvl import MonoInternVLForCausalLM
@@ -187,6 +188,11 @@ def questions() -> list[tuple[str, Request, Request, str]]:
     return found
 
 
+def truths() -> list[tuple[str, str]]:
+    """(category, expected answer) of each question."""
+    return [(category, truth) for _, category, _, truth in evaluation_set(QUESTIONS, seed=1)]
+
+
 def equal(given: list[Any], expected: list[Any]) -> int:
     return sum(a == b for a, b in zip(given, expected, strict=True))
 
@@ -218,9 +224,8 @@ def check_tiles(folders: Path) -> str:
     """Questions about pictures, one tile and several, on the same tiles and on the runtime's own."""
     _, processor = nano()
     expected = [text for *_, text in questions()]
-    several = [
-        image.size != (processor.image_processor.tile_size,) * 2 for _, _, r, _ in questions() for image in r.pictures
-    ]
+    side = processor.image_processor.tile_size
+    several = [resized.pictures[0].size != (side, side) for _, _, resized, _ in questions()]
     with exported(ROOT, folders) as folder, runtime(folder) as server:
         same = [server.chat(resized) for _, _, resized, _ in questions()]
         own = [server.chat(drawn) for _, drawn, _, _ in questions()]
@@ -235,10 +240,17 @@ def check_tiles(folders: Path) -> str:
         require(hits >= SHARE * len(pairs), f"{kind}: {hits} of {len(pairs)} equal chat ({'; '.join(off)})")
     differ = len(expected) - equal(wrong, expected)
     require(2 * differ > len(expected), f"visual experts decide only {differ} of {len(expected)} answers")
+    right = {way: correct(given) for way, given in (("chat", drawn_expected), ("on the grid", same), ("own", own))}
     return (
         f"{equal(same, expected)} of {len(expected)} answers equal chat on the same tiles ({sum(several)} pictures "
-        f"have several), {equal(own, drawn_expected)} on llama.cpp's own, {differ} differ without visual experts"
+        f"have several), {equal(own, drawn_expected)} on llama.cpp's own, {differ} differ without visual experts; "
+        f"right are {right['chat']} of chat's on the pictures as drawn, of llama.cpp's {right['on the grid']} on the "
+        f"grid and {right['own']} on its own tiles"
     )
+
+
+def correct(given: list[str]) -> int:
+    return sum(is_correct(category, truth, text) for (category, truth), text in zip(truths(), given, strict=True))
 
 
 def check_conversations(folders: Path) -> str:

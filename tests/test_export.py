@@ -286,6 +286,15 @@ def test_where_a_model_came_from_and_its_name(make, tmp_path):
         assert file["general.license.name"] == "internlm" and file["general.license.link"].endswith("/licence")
 
 
+def test_the_most_tiles_can_be_chosen(make, tmp_path):
+    source = make(image_options={"min_tiles": 3, "max_tiles": 6})
+    for chosen, expected in ((None, (3, 6)), (4, (3, 4)), (2, (2, 2))):
+        out = tmp_path / f"out {chosen}"
+        export_gguf(source, out, max_tiles=chosen)
+        _, vision = files(out)
+        assert (vision["clip.vision.preproc_min_tiles"], vision["clip.vision.preproc_max_tiles"]) == expected
+
+
 def test_tokens_and_their_types(nano_processor):
     tokenizer = nano_processor.tokenizer
     vocabulary = gguf_vocabulary(tokenizer, len(tokenizer) + 2)
