@@ -669,6 +669,19 @@ def test_without_the_library_it_says_what_to_install(make, tmp_path, monkeypatch
 # ---- the check, and llama.cpp itself
 
 
+def test_the_documented_versions_are_the_constraints():
+    constraints = dict(
+        line.split("==")
+        for line in (ROOT / "export" / "constraints.txt").read_text().splitlines()
+        if "==" in line and line[0] != "#"
+    )
+    documented = (ROOT / "docs" / "local.md").read_text(encoding="utf-8")
+    build = constraints["xllamacpp"].rpartition(".")[2]
+    assert f"llama.cpp b{build} as xllamacpp {constraints['xllamacpp']}" in documented
+    newest = (ROOT / "constraints.txt").read_text(encoding="utf-8")
+    assert all(f"{name}=={constraints[name]}\n" in newest for name in ("gguf", "torch", "transformers", "pillow"))
+
+
 def test_the_checks_questions_need_no_control_tokens_and_have_pictures_on_their_grid():
     processor = MonoInternVLProcessor.from_pretrained(ROOT).image_processor
     requests = check_llamacpp.layout_requests(processor)
