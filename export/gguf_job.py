@@ -127,6 +127,10 @@ def _check_can_hold(config: MonoInternVLConfig, folder: Path, kind: str, repaire
         ValueError: says what, and what is allowed.
     """
     text, cogvlm = config.text_config, architecture(config) == "cogvlm"
+    held = {"num_learnable_queries": config.num_learnable_queries, "expert_gates": text.expert_gates}
+    for name, value in held.items():
+        if value:
+            raise ValueError(f"{folder}: llama.cpp has no place for {name}={value}")
     if text.hidden_act != "silu":
         raise ValueError(
             f"{folder}: llama.cpp's feed-forward is silu here, this model's hidden_act is {text.hidden_act}"
@@ -161,7 +165,7 @@ def _check_can_hold(config: MonoInternVLConfig, folder: Path, kind: str, repaire
 def _check_processor(processor: MonoInternVLProcessor, config: MonoInternVLConfig, folder: Path) -> None:
     """Raise ValueError for a way to cut pictures that llama.cpp does not know, or ids that are another vocabulary's."""
     images = processor.image_processor
-    if not images.use_thumbnail and images.max_tiles > 1:
+    if not images.use_thumbnail and images.tile_limit() > 1:
         raise ValueError(
             f"{folder}: llama.cpp always adds a thumbnail to several tiles, this model's processor does not "
             "(use_thumbnail=False)"

@@ -141,4 +141,4 @@ def write_vision_metadata(
     writer.add_vision_image_mean(image_processor.image_mean if own else vision.image_mean)
     writer.add_vision_image_std(image_processor.image_std if own else vision.image_std)
     writer.add_uint32("clip.vision.preproc_min_tiles", image_processor.min_tiles)
-    writer.add_uint32("clip.vision.preproc_max_tiles", image_processor.max_tiles)
+    writer.add_uint32("clip.vision.preproc_max_tiles", image_processor.tile_limit())

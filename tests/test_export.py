@@ -560,6 +560,20 @@ def test_folders_that_are_refused(make, tmp_path):
     assert not (tmp_path / "out").exists()
 
 
+@pytest.mark.parametrize("name", ["num_learnable_queries", "expert_gates"])
+def test_what_llama_cpp_has_no_place_for_is_refused_by_name(make, tmp_path, name):
+    source = make()
+    config = json.loads((source / "config.json").read_text(encoding="utf-8"))
+    if name == "expert_gates":
+        config["text_config"][name] = True
+    else:
+        config |= {name: 4, "query_token_id": 5}
+    (source / "config.json").write_text(json.dumps(config), encoding="utf-8")
+    with pytest.raises(ValueError, match=f"llama.cpp has no place for {name}=(4|True)"):
+        export_gguf(source, tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
 # ---- both files or neither
 
 
