@@ -51,6 +51,7 @@ def export(
     check_destination(destination)
     folder, origin = find_source(source)
     config = read_config(folder, image_token_id, "export")
+    _check_fields(config, folder)
     with Checkpoint(folder) as given:
         weights = Weights(given, layout_of(given), config)
         if kind == "auto":
@@ -120,6 +121,14 @@ def _write(
 # ----------------------------------------------------------------------------------------------------- what can be held
 
 
+def _check_fields(config: MonoInternVLConfig, folder: Path) -> None:
+    """Refuse, by name, parts of a model that llama.cpp's graphs do not have."""
+    parts = {"num_learnable_queries": config.num_learnable_queries, "expert_gates": config.text_config.expert_gates}
+    for name, value in parts.items():
+        if value:
+            raise ValueError(f"{folder}: llama.cpp has no place for {name}={value}")
+
+
 def _check_can_hold(config: MonoInternVLConfig, folder: Path, kind: str, repaired_cogvlm: bool) -> None:
     """Refuse, by name, what llama.cpp has no place for.
 
@@ -127,10 +136,6 @@ def _check_can_hold(config: MonoInternVLConfig, folder: Path, kind: str, repaire
         ValueError: says what, and what is allowed.
     """
     text, cogvlm = config.text_config, architecture(config) == "cogvlm"
-    held = {"num_learnable_queries": config.num_learnable_queries, "expert_gates": text.expert_gates}
-    for name, value in held.items():
-        if value:
-            raise ValueError(f"{folder}: llama.cpp has no place for {name}={value}")
     if text.hidden_act != "silu":
         raise ValueError(
             f"{folder}: llama.cpp's feed-forward is silu here, this model's hidden_act is {text.hidden_act}"
