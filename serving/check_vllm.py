@@ -229,7 +229,9 @@ def without_visual_experts(model: MonoInternVLForCausalLM) -> MonoInternVLForCau
 
 
 @torch.no_grad()
-def reference(folder: Path, requests: list[Request], *, visual_experts: bool = True) -> list[list[int]]:
+def reference(
+    folder: Path, requests: list[Request], *, visual_experts: bool = True, max_tiles: int | None = None
+) -> list[list[int]]:
     """Greedy tokens of `generate`, a request at a time, in float32."""
     model = MonoInternVLForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
     model = model if visual_experts else without_visual_experts(model)
@@ -237,7 +239,12 @@ def reference(folder: Path, requests: list[Request], *, visual_experts: bool = T
     tokens = []
     for request in requests:
         inputs = processor.apply_chat_template(
-            request.messages, tokenize=True, return_dict=True, return_tensors="pt", add_generation_prompt=True
+            request.messages,
+            tokenize=True,
+            return_dict=True,
+            return_tensors="pt",
+            add_generation_prompt=True,
+            **({} if max_tiles is None else {"max_tiles": max_tiles}),
         )
         stops = {"eos_token_id": processor.stop_token_ids, "pad_token_id": 2}
         ids = model.generate(**inputs, max_new_tokens=NEW_TOKENS, do_sample=False, **stops)
@@ -346,8 +353,8 @@ def post(address: str, path: str, body: dict[str, Any]) -> tuple[int, dict[str, 
     return answer.status_code, answer.json()
 
 
-def chat(address: str, messages: list[dict[str, Any]]) -> tuple[int, str]:
-    status, body = post(address, "chat/completions", {"messages": messages})
+def chat(address: str, messages: list[dict[str, Any]], **more: Any) -> tuple[int, str]:
+    status, body = post(address, "chat/completions", {"messages": messages, **more})
     return status, body["choices"][0]["message"]["content"] if status == 200 else json.dumps(body)
 
 
@@ -368,6 +375,10 @@ def check_http(folders: Path) -> str:
         documented = Request("documented").turn("How many circles are there?", plate.convert("RGB"))
     tokens = reference(ROOT, [*requests, *forged, documented])
     *expected, documented_answer = (processor.tokenizer.decode(ids, skip_special_tokens=True) for ids in tokens)
+    count_tiles = processor.image_processor.get_number_of_tiles
+    tiled = [r for r in requests if count_tiles(r.pictures[0].height, r.pictures[0].width) > 1][:8]
+    few = [processor.tokenizer.decode(ids, skip_special_tokens=True) for ids in reference(ROOT, tiled, max_tiles=1)]
+    require(few != [expected[requests.index(request)] for request in tiled], "max_tiles=1 changes no answer")
     with server(ROOT, folders / "server.log") as address:
         start = time.monotonic()
         with ThreadPoolExecutor(64) as threads:
@@ -378,6 +389,9 @@ def check_http(folders: Path) -> str:
         for request, text in zip(forged, expected[64:], strict=True):
             status, answer = chat(address, request.for_http())
             require((status, answer) == (200, text), f"{request.name}: {status} {answer[:300]!r} instead of {text!r}")
+        for request, text in zip(tiled, few, strict=True):
+            status, answer = chat(address, request.for_http(), chat_template_kwargs={"max_tiles": 1})
+            require((status, answer) == (200, text), f"{request.name} with max_tiles=1: {status} {answer[:300]!r}")
         for name, path, body in refused_requests():
             status, answer = post(address, path, body)  # type: ignore[assignment]
             require(400 <= status < 500, f"{name}: {status} {str(answer)[:300]}, not refused")
@@ -412,6 +426,8 @@ def refused_requests() -> list[tuple[str, str, dict[str, Any]]]:
         ("an empty picture", "chat/completions", chat_with(image_part(b""))),
         ("too many pixels", "chat/completions", chat_with(image_part(png(Image.new("1", (12000, 9000)))))),
         ("an unknown role", "chat/completions", chat_with(role="robot")),
+        ("more tiles than the server's", "chat/completions", {**chat_with(), "chat_template_kwargs": {"max_tiles": 99}}),
+        ("untrusted options", "chat/completions", {**chat_with(), "mm_processor_kwargs": {"max_tiles": 1}}),
         ("a prompt that is too long", "chat/completions", {"messages": [{"role": "user", "content": "7 " * 9000}]}),
     ]
 

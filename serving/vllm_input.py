@@ -1,9 +1,10 @@
 """vLLM's input side: folder -> configuration and tokenizer, request -> the ids and pixels that `generate` would get.
 
-ConfigParser       config.json of either layout -> the configuration the engine is given
+OwnFolders         config.json of either layout -> the configuration the engine is given
 EngineSettings     choices that belong to this model: its tokenizer mode, no float16
 ChatTokenizer      a chat template that tells typed text from control tokens
-ChatRenderer       lets it give ids at once, because a finished string no longer shows what was typed
+ChatRenderer       lets it give ids at once, because a finished string no longer shows what was typed; `max_tiles`
+                   of a request
 PictureProcessor   pictures -> tiles; one placeholder per picture -> as many as it has visual tokens
 """
 
@@ -31,34 +32,41 @@ from vllm.multimodal.processing import (
 from vllm.renderers.hf import HfRenderer
 from vllm.renderers.params import ChatParams
 from vllm.tokenizers.hf import get_cached_tokenizer
-from vllm.transformers_utils.config import HFConfigParser
 
 from ..configuration_mono_internvl import MonoInternVLConfig
 from ..processing_mono_internvl import MonoInternVLProcessor
-from ..tiling_mono_internvl import AUTO, TILE_OPTIONS, AutoTiles
+from ..tiling_mono_internvl import AUTO, AutoTiles
 from .checkpoint import is_mono_internvl, serving_config, stop_token_ids
-from .requests import PLACEHOLDER, pictures_then_text, with_placeholders
+from .requests import PICTURE_OPTIONS, PLACEHOLDER, pictures_then_text, take_max_tiles, with_placeholders
 from .vllm_plugin import TOKENIZER_MODE
-
-
-PICTURE_OPTIONS = (*TILE_OPTIONS, "max_pixels")
 
 
 # -------------------------------------------------------------------------------------------- the folder's small files
 
 
-class ConfigParser(HFConfigParser):
-    """Takes the folders of this model, in both layouts; all others are parsed as vLLM does."""
+class OwnFolders:
+    """Mixed into a parser of Hugging Face folders: takes those of this model, in both layouts, and no others."""
 
     def parse(self, model, trust_remote_code, revision=None, code_revision=None, **kwargs):  # type: ignore[no-untyped-def]
-        config, _ = PreTrainedConfig.get_config_dict(
-            model, revision=revision, token=kwargs.get("token"), local_files_only=HF_HUB_OFFLINE
-        )
+        """(config.json as a dict, configuration); for any other model what the parser says that this is mixed into."""
+        try:
+            config, _ = PreTrainedConfig.get_config_dict(
+                model, revision=revision, token=kwargs.get("token"), local_files_only=HF_HUB_OFFLINE
+            )
+        except (OSError, ValueError):
+            config = {}  # the other parser says what is wrong with it
         if not is_mono_internvl(config):
-            return super().parse(model, trust_remote_code, revision, code_revision, **kwargs)
+            return super().parse(model, trust_remote_code, revision, code_revision, **kwargs)  # type: ignore[misc]
         served = serving_config(config)
         served.name_or_path = str(model)
         return config, served
+
+
+def with_own_folders(parser: type) -> type:
+    """A parser that takes this model's folders and is otherwise the one given, which is left as it is."""
+    if issubclass(parser, OwnFolders):
+        return parser
+    return type(f"OwnFolders{parser.__name__}", (OwnFolders, parser), {"__module__": __name__})
 
 
 class EngineSettings(VerifyAndUpdateConfig):
@@ -109,13 +117,16 @@ class ChatTokenizersBackend(ChatTokenizer, TokenizersBackend):  # type: ignore[m
 
 
 def chat_tokenizer(processor: MonoInternVLProcessor) -> ChatTokenizer:
-    """A tokenizer of its own, which the engine may set up as it likes while the processor works in other threads."""
-    tokenizer = copy.deepcopy(processor.tokenizer)
-    kind = type(tokenizer)
+    """A tokenizer of its own, which the engine may set up as it likes while the processor works in other threads.
+
+    A new object of a subclass with a copy of the state: the processor's tokenizer keeps its class, and shares nothing.
+    """
+    kind = type(processor.tokenizer)
     name = f"Chat{kind.__name__}"
     if name not in globals():
         globals()[name] = type(name, (ChatTokenizer, kind), {"__module__": __name__})
-    tokenizer.__class__ = globals()[name]
+    tokenizer: Any = object.__new__(globals()[name])
+    vars(tokenizer).update(vars(copy.deepcopy(processor.tokenizer)))
     tokenizer.processor, tokenizer.chat_template = processor, processor.chat_template
     return tokenizer
 
@@ -136,10 +147,31 @@ class ChatRenderer(HfRenderer):
     """vLLM's renderer, which would encode the finished string; here chats become ids in one step."""
 
     def render_messages(self, messages, params):  # type: ignore[no-untyped-def]
-        return super().render_messages(*self._for_our_template(messages, params))
+        params, options = self._picture_options(params)
+        conversation, prompt = super().render_messages(*self._for_our_template(messages, params))
+        return conversation, self._with_options(prompt, options)
 
     async def render_messages_async(self, messages, params):  # type: ignore[no-untyped-def]
-        return await super().render_messages_async(*self._for_our_template(messages, params))
+        params, options = self._picture_options(params)
+        conversation, prompt = await super().render_messages_async(*self._for_our_template(messages, params))
+        return conversation, self._with_options(prompt, options)
+
+    def _picture_options(self, params: ChatParams) -> tuple[ChatParams, dict[str, int]]:
+        """What is left for the template, and the picture options that `max_tiles` of the request stands for.
+
+        Raises:
+            ValueError: see `take_max_tiles`.
+        """
+        if not any(name in params.chat_template_kwargs for name in PICTURE_OPTIONS):
+            return params, {}
+        info: Any = self.get_mm_processor().info
+        left, tiles = take_max_tiles(params.chat_template_kwargs, params.mm_processor_kwargs, info.max_tiles())
+        options = {} if tiles is None else info.options_of_at_most(tiles)
+        return replace(params, chat_template_kwargs=left), options
+
+    @staticmethod
+    def _with_options(prompt: Any, options: dict[str, int]) -> Any:
+        return {**prompt, "mm_processor_kwargs": options} if options and "multi_modal_data" in prompt else prompt
 
     def _for_our_template(self, messages: list[Any], params: ChatParams) -> tuple[list[Any], ChatParams]:
         params = replace(params, chat_template_kwargs={**params.chat_template_kwargs, "tokenize": True})
@@ -220,11 +252,19 @@ class PictureInfo(BaseProcessingInfo):
             options["max_tiles"] = AutoTiles(self.get_hf_processor().image_processor.tile_limit(server))
         return options
 
+    def max_tiles(self) -> int:
+        """The most tiles of a request that asks for nothing."""
+        return self.get_hf_processor().image_processor.tile_limit(self.tile_options({}).get("max_tiles"))
+
+    def options_of_at_most(self, tiles: int) -> dict[str, int]:
+        """`mm_processor_kwargs` of a request for fewer tiles; they come before the server's `min_tiles`."""
+        low = self.tile_options({}).get("min_tiles", 1)
+        return {"max_tiles": tiles} if low <= tiles else {"max_tiles": tiles, "min_tiles": tiles}
+
     def largest_picture(self) -> tuple[int, int]:
         """(width, height) of a picture that gets every tile there is: one row of `max_tiles` squares."""
-        processor = self.get_hf_processor().image_processor
-        tiles = processor.tile_limit(self.tile_options({}).get("max_tiles"))
-        return tiles * processor.tile_size, processor.tile_size
+        side = self.get_hf_processor().image_processor.tile_size
+        return self.max_tiles() * side, side
 
     def get_mm_max_tokens_per_item(self, seq_len: int, mm_counts: Mapping[str, int]) -> Mapping[str, int]:
         processor = self.get_hf_processor()

@@ -35,11 +35,12 @@ def register() -> None:
         from vllm.renderers.registry import RENDERER_REGISTRY
         from vllm.tokenizers.registry import TokenizerRegistry
         from vllm.transformers_utils import config as vllm_config
+        from vllm.transformers_utils.config import _CONFIG_FORMAT_TO_CONFIG_PARSER as parsers
 
         from . import vllm_input
     except ImportError as error:
         logger.warning(
-            "Mono-InternVL cannot be served: its plugin does not fit this vLLM (%s); it was made for 0.32, see "
+            "Mono-InternVL cannot be served: its plugin does not fit this vLLM (%s); it was made for 0.32 and 0.33, see "
             "serving/constraints.txt",
             error,
         )
@@ -50,8 +51,8 @@ def register() -> None:
     MODELS_CONFIG_MAP[ARCHITECTURE] = vllm_input.EngineSettings
     TokenizerRegistry.tokenizers[TOKENIZER_MODE] = (vllm_input.__name__, vllm_input.ChatTokenizerLoader.__name__)
     RENDERER_REGISTRY.renderers[TOKENIZER_MODE] = (vllm_input.__name__, vllm_input.ChatRenderer.__name__)
-    # Every Hugging Face folder is read by the parser "hf"; ours takes those of this model and leaves the others to it.
-    vllm_config._CONFIG_FORMAT_TO_CONFIG_PARSER["hf"] = vllm_input.ConfigParser
+    # Every Hugging Face folder is read by the parser "hf", vLLM's or another plugin's: it goes on reading all others.
+    parsers["hf"] = vllm_input.with_own_folders(parsers["hf"])
     # vLLM looks for config.json before any parser is asked; a LoRA folder has none, and vLLM would not say why.
     found = getattr(vllm_config, "file_or_path_exists", None)
     if found is not None and not hasattr(found, "refuses_adapters"):

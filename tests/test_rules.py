@@ -84,3 +84,14 @@ def test_control_ids_are_read_and_not_computed():
 
     found = places_elsewhere(ast.BinOp, computes_an_id, home=("configuration_mono_internvl.py",))
     assert not found, f"take it from the configuration or the tokenizer: {found}"
+
+
+def test_no_object_is_given_another_class():
+    """It may be held elsewhere: a new object of the other class gets a copy of its state."""
+
+    def assigns_a_class(node: ast.AST) -> bool:
+        return isinstance(node, ast.Attribute) and node.attr == "__class__" and isinstance(node.ctx, ast.Store)
+
+    found = [f"{name}:{line}" for name, line, node in nodes(ast.Attribute) if assigns_a_class(node)]
+    assert not found, f"make a new object: {found}"
+    assert assigns_a_class(ast.parse("a.__class__ = B").body[0].targets[0])  # type: ignore[attr-defined]

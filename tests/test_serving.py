@@ -18,7 +18,7 @@ from typer.testing import CliRunner
 from conftest import ROOT, golden, tiny_model
 from mono_internvl.serving import check_vllm
 from mono_internvl.serving.checkpoint import is_mono_internvl, native_weights, serving_config, stop_token_ids
-from mono_internvl.serving.requests import pictures_then_text, with_placeholders
+from mono_internvl.serving.requests import pictures_then_text, take_max_tiles, with_placeholders
 from mono_internvl.serving.vllm_plugin import register
 from mono_internvl.tiling_mono_internvl import auto_tiles
 
@@ -122,6 +122,29 @@ def test_marks_and_string_content_get_the_models_placeholders():
     assert pictures_then_text({"role": "user", "content": "A"}) == {"role": "user", "content": "A"}
 
 
+def test_max_tiles_is_taken_from_the_templates_keywords():
+    assert take_max_tiles({"max_tiles": 2, "x": 1}, None, most=12) == ({"x": 1}, 2)
+    assert take_max_tiles({"x": 1}, {"max_tiles": 20}, most=12) == ({"x": 1}, None)
+    assert take_max_tiles({"max_tiles": 12}, {}, most=12) == ({}, 12)
+
+
+@pytest.mark.parametrize(
+    ("given", "trusted", "message"),
+    [
+        ({"max_tiles": 13}, None, "max_tiles=13 is more than the 12 that this server gives a request"),
+        ({"max_tiles": 0}, None, "max_tiles must be a whole number of at least 1, got 0"),
+        ({"max_tiles": "2"}, None, "max_tiles must be a whole number of at least 1, got '2'"),
+        ({"max_tiles": True}, None, "max_tiles must be a whole number of at least 1, got True"),
+        ({"max_tiles": 2}, {"min_tiles": 2}, "give it once"),
+        ({"max_tiles": 2, "min_tiles": 2}, None, "of the pictures' options only max_tiles, not min_tiles"),
+        ({"max_pixels": 9, "use_thumbnail": False}, None, "only max_tiles, not use_thumbnail, max_pixels"),
+    ],
+)
+def test_a_stranger_can_only_ask_for_fewer_tiles(given, trusted, message):
+    with pytest.raises(ValueError, match=re.escape(message)):
+        take_max_tiles(given, trusted, most=12)
+
+
 # ---- the plugin and its check
 
 
@@ -129,7 +152,7 @@ def test_marks_and_string_content_get_the_models_placeholders():
 def test_a_vllm_that_does_not_fit_is_a_warning(caplog):
     register()
     assert "does not fit this vLLM (No module named 'vllm')" in caplog.text
-    assert "made for 0.32, see serving/constraints.txt" in caplog.text
+    assert "made for 0.32 and 0.33, see serving/constraints.txt" in caplog.text
 
 
 def test_the_documented_versions_are_the_constraints():
@@ -240,6 +263,117 @@ def test_vllm_reads_both_layouts_and_leaves_others_alone(tmp_path, nano_processo
     dense = check_vllm.make_cost_folder(True, tmp_path / "dense")
     other = ModelConfig(str(dense), dtype="float32")
     assert other.architecture == "LlamaForCausalLM" and other.tokenizer_mode == "auto"
+
+
+@pytest.fixture
+def fresh_parsers():
+    """vLLM's table of parsers, put back as it was."""
+    from vllm.transformers_utils.config import _CONFIG_FORMAT_TO_CONFIG_PARSER as parsers
+
+    before = dict(parsers)
+    yield parsers
+    parsers.clear()
+    parsers.update(before)
+
+
+@pytest.mark.vllm
+def test_registering_leaves_other_models_and_plugins_alone(tmp_path, fresh_parsers):
+    """The parser that is there, vLLM's or another plugin's, still reads every other folder, with the same arguments."""
+    from transformers import LlamaConfig
+    from vllm import ModelRegistry
+    from vllm.model_executor.models.config import MODELS_CONFIG_MAP
+    from vllm.renderers.registry import RENDERER_REGISTRY
+    from vllm.tokenizers.registry import TokenizerRegistry
+    from vllm.transformers_utils.config import HFConfigParser, get_config
+
+    from mono_internvl.serving.checkpoint import ARCHITECTURE
+    from mono_internvl.serving.vllm_input import OwnFolders
+    from mono_internvl.serving.vllm_plugin import TOKENIZER_MODE
+
+    calls = []
+
+    class OfAnotherPlugin(HFConfigParser):
+        def parse(self, model, trust_remote_code, revision=None, code_revision=None, **kwargs):
+            calls.append((str(model), trust_remote_code, revision, code_revision, sorted(kwargs)))
+            return super().parse(model, trust_remote_code, revision, code_revision, **kwargs)
+
+    tables = (MODELS_CONFIG_MAP, TokenizerRegistry.tokenizers, RENDERER_REGISTRY.renderers, ModelRegistry.models)
+    dense = check_vllm.make_cost_folder(True, tmp_path / "dense")
+    fresh_parsers["hf"] = OfAnotherPlugin
+    expected = get_config(dense, False, revision="main")
+    before, parse, mistral = [dict(table) for table in tables], vars(OfAnotherPlugin)["parse"], fresh_parsers["mistral"]
+
+    register()
+    parser = fresh_parsers["hf"]
+    register()
+    assert fresh_parsers["hf"] is parser and issubclass(parser, OwnFolders) and issubclass(parser, OfAnotherPlugin)
+    assert fresh_parsers["mistral"] is mistral and vars(OfAnotherPlugin)["parse"] is parse
+    assert OwnFolders not in HFConfigParser.__mro__ and OwnFolders not in OfAnotherPlugin.__mro__
+    found = get_config(dense, False, revision="main")
+    assert calls[0] == calls[1] and type(found) is LlamaConfig and found.to_dict() == expected.to_dict()
+    for table, was in zip(tables, before, strict=True):
+        changed = {name for name in table if name not in was or table[name] is not was[name]}
+        assert changed <= {ARCHITECTURE, TOKENIZER_MODE} and was.keys() <= table.keys()
+
+    assert get_config(ROOT, False).model_type == "mono_internvl" and len(calls) == 2
+
+
+@pytest.mark.vllm
+def test_what_is_wrong_with_a_folder_is_said_by_vllms_own_parser(tmp_path, fresh_parsers):
+    from vllm.transformers_utils.config import get_config
+
+    (tmp_path / "config.json").write_text("{")
+    with pytest.raises(OSError) as before:
+        get_config(tmp_path, False)
+    register()
+    with pytest.raises(OSError, match=re.escape(str(before.value))):
+        get_config(tmp_path, False)
+
+
+@pytest.mark.vllm
+def test_the_processors_tokenizer_is_not_changed(nano_processor):
+    """Neither its class nor what it holds: vLLM may hold the same object."""
+    from mono_internvl.serving.vllm_input import ChatTokenizer, chat_tokenizer
+
+    given = nano_processor.tokenizer
+    kind, state, length = type(given), dict(vars(given)), len(given)
+    made = chat_tokenizer(nano_processor)
+    made.add_tokens(["a token of the engine's own"])
+    made.padding_side = "left" if given.padding_side == "right" else "right"
+    assert nano_processor.tokenizer is given and type(given) is kind and not isinstance(given, ChatTokenizer)
+    assert isinstance(made, kind) and isinstance(made, ChatTokenizer)
+    assert vars(given).keys() == state.keys() and all(vars(given)[name] is value for name, value in state.items())
+    assert len(given) == length and len(made) == length + 1 and given.padding_side != made.padding_side
+
+
+@pytest.mark.vllm
+def test_max_tiles_of_a_request_needs_no_trust(nano_processor):
+    from vllm.config import ModelConfig, VllmConfig
+    from vllm.renderers.params import ChatParams
+    from vllm.renderers.registry import renderer_from_config
+
+    register()
+    options = {"max_tiles": 6, "min_tiles": 2, "use_thumbnail": False}
+    model_config = ModelConfig(str(ROOT), dtype="float32", mm_processor_kwargs=options)
+    renderer = renderer_from_config(VllmConfig(model_config=model_config))
+    image = Image.new("RGB", (448, 224))
+    messages = check_vllm.Request("").turn("What?", image).for_vllm()
+
+    def tiles(template, **more):
+        chat = ChatParams(chat_template_kwargs={"add_generation_prompt": True, **template}, **more)
+        extras = {"mm_processor_kwargs": chat.mm_processor_kwargs} if chat.mm_processor_kwargs else {}
+        _, (prompt,) = renderer.render_chat([messages], chat, prompt_extras=extras)
+        return prompt["prompt_token_ids"].count(nano_processor.image_token_id) // nano_processor.tokens_per_tile
+
+    assert (tiles({}), tiles({"max_tiles": 3}), tiles({"max_tiles": 1})) == (2, 2, 1)
+    assert tiles({}, mm_processor_kwargs={"max_tiles": 12, "min_tiles": 8}) == 8  # from clients that are trusted
+    with pytest.raises(ValueError, match="max_tiles=7 is more than the 6 that this server gives a request"):
+        tiles({"max_tiles": 7})
+    with pytest.raises(ValueError, match="give it once"):
+        tiles({"max_tiles": 2}, mm_processor_kwargs={"use_thumbnail": True})
+    text = check_vllm.Request("").turn("What?").for_vllm()
+    _, (prompt,) = renderer.render_chat([text], ChatParams(chat_template_kwargs={"max_tiles": 1}))
+    assert "mm_kwargs" not in prompt
 
 
 @pytest.mark.vllm
