@@ -7,6 +7,10 @@ gguf_metadata.py    everything else that the files say
 gguf_files.py       writing a file a piece at a time
 gguf_job.py         what can be held, and both files or neither
 check_llamacpp.py   does llama.cpp answer as `chat` does?
+
+mlx.py              a folder for mlx-vlm (Apple silicon): weights under MLX's names, and the model's code in MLX
+mlx_model.py        that code; it is copied, and nothing here imports it
+check_mlx.py        does mlx-vlm answer as `generate` does?
 """
 
 from __future__ import annotations
