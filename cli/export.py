@@ -1,4 +1,4 @@
-"""`mono-internvl export gguf MODEL OUT`: the model as files of other runtimes, one command a format."""
+"""`mono-internvl export FORMAT MODEL OUT`: the model as files of other runtimes, one command a format."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ import typer
 
 from .common import ImageTokenOption, MaxTilesOption, quiet_libraries
 from .convert import byte_bar, one_of
+from .export_mlx import mlx
 
 
 # `mono_internvl.export.GGUF_TYPES`.
@@ -60,3 +61,6 @@ def gguf(
     files = ", ".join(f"{file} {readable_bytes(size)}" for file, size in report.sizes.items())
     typer.echo(f"{report.folder}: {files} ({report.type}, {report.tensors} tensors)")
     typer.echo(f"written in {report.seconds:.1f} s", err=True)
+
+
+export.command()(mlx)

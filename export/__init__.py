@@ -6,11 +6,8 @@ gguf_template.py    the chat template with llama.cpp's marks for pictures
 gguf_metadata.py    everything else that the files say
 gguf_files.py       writing a file a piece at a time
 gguf_job.py         what can be held, and both files or neither
-check_llamacpp.py   does llama.cpp answer as `chat` does?
-
 mlx.py              a folder for mlx-vlm (Apple silicon): weights under MLX's names, and the model's code in MLX
 mlx_model.py        that code; it is copied, and nothing here imports it
-check_mlx.py        does mlx-vlm answer as `generate` does?
 """
 
 from __future__ import annotations
@@ -18,6 +15,7 @@ from __future__ import annotations
 import os
 
 from ..conversion.writer import Progress
+from .mlx import Exported, export_mlx
 from .report import GGUF_TYPES, GgufReport
 
 
@@ -69,4 +67,4 @@ def export_gguf(
     )
 
 
-__all__ = ["GGUF_TYPES", "GgufReport", "export_gguf"]
+__all__ = ["GGUF_TYPES", "Exported", "GgufReport", "export_gguf", "export_mlx"]

@@ -18,6 +18,7 @@ from transformers import PreTrainedConfig
 
 from .. import __version__
 from ..common.files import read_json, write_json
+from ..common.stops import stop_token_ids
 from ..configuration_checks_mono_internvl import fields_of
 from ..configuration_mono_internvl import MonoInternVLConfig
 from ..conversion.convert import layout_of, read_config
@@ -36,7 +37,6 @@ from ..conversion.writer import (
     write_shards,
 )
 from ..processing_mono_internvl import MonoInternVLProcessor
-from ..serving.checkpoint import stop_token_ids
 
 
 MODEL_FILE = "mlx_mono_internvl.py"
@@ -146,7 +146,7 @@ def _write_files(work: Path, folder: Path, config: MonoInternVLConfig) -> None:
     (work / MODEL_FILE).write_text(_code(), encoding="utf-8")
     write_json(work / "config.json", mlx_config(config))
     MonoInternVLProcessor.from_pretrained(folder).save_pretrained(work)
-    for name in ("processor_config.json", "preprocessor_config.json"):
+    for name in ("processor_config.json", "preprocessor_config.json", "tokenizer_config.json"):
         write_json(work / name, _of_mlx(read_json(work / name)))
     if (folder / "generation_config.json").is_file():
         shutil.copyfile(folder / "generation_config.json", work / "generation_config.json")
@@ -169,7 +169,7 @@ def mlx_config(config: MonoInternVLConfig) -> dict[str, Any]:
 
 
 def _of_mlx(values: dict[str, Any]) -> dict[str, Any]:
-    """A processor's configuration without the remote code that it names, and with the class of `mlx_model`."""
+    """A processor's or tokenizer's configuration without the remote code that it names, with the class of `mlx_model`."""
     kept = {name: _of_mlx(value) if isinstance(value, dict) else value for name, value in values.items()}
     kept.pop("auto_map", None)
     return {**kept, "processor_class": PROCESSOR_CLASS} if "processor_class" in kept else kept

@@ -247,9 +247,7 @@ class Attention(nn.Module):
         rope = config.rope_parameters
         # Dynamic NTK is plain RoPE up to max_position_embeddings, and `Decoder` lets nothing get beyond.
         scaling = None if rope["rope_type"] == "dynamic" else rope
-        self.rope = initialize_rope(
-            self.head_dim, rope["rope_theta"], False, scaling, config.max_position_embeddings
-        )
+        self.rope = initialize_rope(self.head_dim, rope["rope_theta"], False, scaling, config.max_position_embeddings)
 
     def project(self, part: str, x: mx.array, routing: Routing | None) -> mx.array:
         text, visual = self[f"{part}_proj"], self.get(f"visual_{part}_proj")

@@ -426,7 +426,11 @@ def refused_requests() -> list[tuple[str, str, dict[str, Any]]]:
         ("an empty picture", "chat/completions", chat_with(image_part(b""))),
         ("too many pixels", "chat/completions", chat_with(image_part(png(Image.new("1", (12000, 9000)))))),
         ("an unknown role", "chat/completions", chat_with(role="robot")),
-        ("more tiles than the server's", "chat/completions", {**chat_with(), "chat_template_kwargs": {"max_tiles": 99}}),
+        (
+            "more tiles than the server's",
+            "chat/completions",
+            {**chat_with(), "chat_template_kwargs": {"max_tiles": 99}},
+        ),
         ("untrusted options", "chat/completions", {**chat_with(), "mm_processor_kwargs": {"max_tiles": 1}}),
         ("a prompt that is too long", "chat/completions", {"messages": [{"role": "user", "content": "7 " * 9000}]}),
     ]

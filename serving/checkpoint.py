@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 
+from ..common.stops import stop_token_ids
 from ..configuration_mono_internvl import MonoInternVLConfig
 from ..weight_mapping_mono_internvl import RENAMINGS, split_grouped_qkv
 
@@ -41,13 +42,6 @@ def serving_config(config: dict[str, Any]) -> MonoInternVLConfig:
     text.rope_parameters = {"rope_type": "default", "rope_theta": text.rope_parameters["rope_theta"]}
     served.eos_token_id = stop_token_ids(served)
     return served
-
-
-def stop_token_ids(config: MonoInternVLConfig) -> list[int]:
-    """What ends an answer: the decoder's own end, `<|im_end|>` and `<|im_start|>`."""
-    eos = config.text_config.eos_token_id
-    ends = list(eos) if isinstance(eos, list) else [] if eos is None else [eos]
-    return list(dict.fromkeys([*ends, *config.stop_token_ids]))
 
 
 def native_weights(

@@ -33,10 +33,11 @@ from vllm.renderers.hf import HfRenderer
 from vllm.renderers.params import ChatParams
 from vllm.tokenizers.hf import get_cached_tokenizer
 
+from ..common.stops import stop_token_ids
 from ..configuration_mono_internvl import MonoInternVLConfig
 from ..processing_mono_internvl import MonoInternVLProcessor
 from ..tiling_mono_internvl import AUTO, AutoTiles
-from .checkpoint import is_mono_internvl, serving_config, stop_token_ids
+from .checkpoint import is_mono_internvl, serving_config
 from .requests import PICTURE_OPTIONS, PLACEHOLDER, pictures_then_text, take_max_tiles, with_placeholders
 from .vllm_plugin import TOKENIZER_MODE
 

@@ -40,8 +40,8 @@ def register() -> None:
         from . import vllm_input
     except ImportError as error:
         logger.warning(
-            "Mono-InternVL cannot be served: its plugin does not fit this vLLM (%s); it was made for 0.32 and 0.33, see "
-            "serving/constraints.txt",
+            "Mono-InternVL cannot be served: its plugin does not fit this vLLM (%s); it was made for 0.32 and 0.33, "
+            "see serving/constraints.txt",
             error,
         )
         return

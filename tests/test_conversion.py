@@ -679,7 +679,7 @@ def test_what_convert_refuses(tmp_path, dense):
         convert_checkpoint(tmp_path / "native", tmp_path / "out", "native")
     with pytest.raises(ValueError, match="to='ours' is not one of official, native"):
         convert_checkpoint(tmp_path / "native", tmp_path / "out", "ours")
-    with pytest.raises(ValueError, match="InternLM2ForCausalLM; a Mono-InternVL is wanted"):
+    with pytest.raises(ValueError, match="InternLM2ForCausalLM; convert takes a Mono-InternVL"):
         convert_checkpoint(dense, tmp_path / "out", "official")
     tiny_model(text_config={"head_dim": 8}).save_pretrained(tmp_path / "narrow")
     with pytest.raises(ValueError, match="head_dim=8 is not hidden_size / num_attention_heads"):

@@ -16,8 +16,9 @@ from safetensors.torch import load_file
 from typer.testing import CliRunner
 
 from conftest import ROOT, golden, tiny_model
+from mono_internvl.common.stops import stop_token_ids
 from mono_internvl.serving import check_vllm
-from mono_internvl.serving.checkpoint import is_mono_internvl, native_weights, serving_config, stop_token_ids
+from mono_internvl.serving.checkpoint import is_mono_internvl, native_weights, serving_config
 from mono_internvl.serving.requests import pictures_then_text, take_max_tiles, with_placeholders
 from mono_internvl.serving.vllm_plugin import register
 from mono_internvl.tiling_mono_internvl import auto_tiles

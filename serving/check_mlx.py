@@ -1,10 +1,10 @@
 """Does mlx-vlm answer as `generate` does? One script, run in mlx-vlm's environment.
 
-    python -m mono_internvl.export.check_mlx               # every model
-    python -m mono_internvl.export.check_mlx nano          # one; see --help for the names
-    python -m mono_internvl.export.check_mlx precision     # not part of "every": the nano in bfloat16, 8 and 4 bits
+    python -m mono_internvl.serving.check_mlx               # every model
+    python -m mono_internvl.serving.check_mlx nano          # one; see --help for the names
+    python -m mono_internvl.serving.check_mlx precision     # not part of "every": the nano in bfloat16, 8 and 4 bits
 
-Models: those of `serving.check_vllm` (the bundled nano, a random one in the official layout, a random one of 1.5) and a
+Models: those of `check_vllm` (the bundled nano, a random one in the official layout, a random one of 1.5) and a
 random one whose tiles have another size than its position table. Each is exported in float32, loaded by mlx-vlm from
 that folder alone, and asked the same thirty requests, with the prompt as a whole and in chunks of 64 tokens; those of
 one picture once more in one batch. Greedy answers must equal `generate`'s, and those of a model whose visual experts
@@ -18,9 +18,9 @@ from typing import Annotated, Any
 
 import typer
 
+from ..export.mlx import export_mlx
 from ..processing_mono_internvl import MonoInternVLProcessor
-from ..serving.check_vllm import NEW_TOKENS, CheckFailed, Request, make_folder, mixed_requests, reference, require
-from .mlx import export_mlx
+from .check_vllm import NEW_TOKENS, CheckFailed, Request, make_folder, mixed_requests, reference, require
 
 
 CHUNK = 64
@@ -53,9 +53,12 @@ class Runtime:
         from mlx_vlm.prompt_utils import apply_chat_template
 
         pictures = request.pictures
-        prompt = apply_chat_template(
-            self.processor, self.model.config, request.messages, num_images=len(pictures)
-        )
+        # mlx-vlm takes the spaces off the ends of a text that is a part alone, and none off a string.
+        messages = [
+            {**message, "content": message["content"][0]["text"]} if len(message["content"]) == 1 else message
+            for message in request.messages
+        ]
+        prompt = apply_chat_template(self.processor, self.model.config, messages, num_images=len(pictures))
         made = generate(self.model, self.processor, prompt, list(pictures), max_tokens=NEW_TOKENS, **options)
         return list(made.token_ids)
 
@@ -68,6 +71,16 @@ class Runtime:
         return batch_generate(
             self.model, self.processor, pictures, prompts=prompts, max_tokens=NEW_TOKENS, group_by_shape=False
         ).texts
+
+    def text(self, ids: list[int]) -> str:
+        """As mlx-vlm writes an answer's ids, without their end."""
+        writer = self.processor.detokenizer
+        writer.reset()
+        for token in ids:
+            if token not in self.model.config.eos_token_id:
+                writer.add_token(token)
+        writer.finalize()
+        return writer.text
 
 
 def check_model(name: str, folders: Path) -> str:
@@ -84,10 +97,8 @@ def check_model(name: str, folders: Path) -> str:
     differing = sum(found[i] != wrong[i] for i in with_pictures)
     require(2 * differing > len(with_pictures), f"{name}: visual experts decide only {differing} of the answers")
     single = [i for i, request in enumerate(requests) if len(request.pictures) == 1 == len(request.messages)]
-    decode = MonoInternVLProcessor.from_pretrained(folder).tokenizer.decode
-    texts = [decode(expected[i], skip_special_tokens=True) for i in single]
     together = runtime.answer_together([requests[i] for i in single])
-    off = [requests[i].name for i, a, b in zip(single, together, texts, strict=True) if a.strip() != b.strip()]
+    off = [requests[i].name for i, text in zip(single, together, strict=True) if text != runtime.text(expected[i])]
     require(not off, f"{name}, one batch: {len(off)} of {len(single)} differ from generate: {', '.join(off)}")
     return (
         f"{len(requests)} requests equal generate, whole and in chunks, {len(single)} of them also in one batch; "
