@@ -8,7 +8,6 @@ gets its name when it is whole.
 from __future__ import annotations
 
 import os
-import shutil
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -148,8 +147,10 @@ def _write_files(work: Path, folder: Path, config: MonoInternVLConfig) -> None:
     MonoInternVLProcessor.from_pretrained(folder).save_pretrained(work)
     for name in ("processor_config.json", "preprocessor_config.json", "tokenizer_config.json"):
         write_json(work / name, _of_mlx(read_json(work / name)))
-    if (folder / "generation_config.json").is_file():
-        shutil.copyfile(folder / "generation_config.json", work / "generation_config.json")
+    generation = folder / "generation_config.json"
+    if generation.is_file():
+        # mlx-vlm puts this file's word on what ends an answer over that of config.json.
+        write_json(work / generation.name, {**read_json(generation), "eos_token_id": stop_token_ids(config)})
     copy_licences(folder, work)
 
 
@@ -169,7 +170,7 @@ def mlx_config(config: MonoInternVLConfig) -> dict[str, Any]:
 
 
 def _of_mlx(values: dict[str, Any]) -> dict[str, Any]:
-    """A processor's or tokenizer's configuration without the remote code that it names, with the class of `mlx_model`."""
+    """A configuration of processor or tokenizer without the code that it names, with the class of `mlx_model`."""
     kept = {name: _of_mlx(value) if isinstance(value, dict) else value for name, value in values.items()}
     kept.pop("auto_map", None)
     return {**kept, "processor_class": PROCESSOR_CLASS} if "processor_class" in kept else kept

@@ -33,6 +33,8 @@ from transformers.dynamic_module_utils import get_class_from_dynamic_module
 
 
 MODEL_TYPE = "mono_internvl"
+# What mlx-vlm's `load` takes for the weights.
+LOAD_OPTIONS = ("quantize_activations", "expert_cache_gb", "max_kv_size", "force_download")
 Processor: Any = get_class_from_dynamic_module("processing_mono_internvl.MonoInternVLProcessor", Path(__file__).parent)
 
 
@@ -454,6 +456,11 @@ class MonoInternVLMLXProcessor(Processor):  # type: ignore[misc]
     def __init__(self, image_processor=None, tokenizer=None, chat_template=None, **kwargs):  # type: ignore[no-untyped-def]
         super().__init__(image_processor, tokenizer, chat_template=chat_template, **kwargs)
         self.tokenizer = chat_tokenizer(tokenizer)
+
+    @classmethod
+    def from_pretrained(cls, *args, **kwargs):  # type: ignore[no-untyped-def]
+        """As the processor's own, without what mlx-vlm passes to model and processor alike."""
+        return super().from_pretrained(*args, **{k: v for k, v in kwargs.items() if k not in LOAD_OPTIONS})
 
     def apply_chat_template(  # type: ignore[no-untyped-def,override]
         self, conversation, *, tokenize=False, enable_thinking=False, video=None, fps=None, **kwargs
