@@ -529,6 +529,10 @@ class ChatTokenizer:
     def __call__(self, text=None, *args, **kwargs):  # type: ignore[no-untyped-def]
         texts = [text] if isinstance(text, str) else text
         if not texts or not all(isinstance(prompt, RenderedChat) for prompt in texts):
+            if texts and kwargs.get("add_special_tokens", True):
+                begun = self.bos_token or ""  # type: ignore[attr-defined]
+                plain = [prompt.removeprefix(begun) for prompt in texts]  # the tokenizer puts it in front
+                text = plain[0] if isinstance(text, str) else plain
             return super().__call__(text, *args, **kwargs)  # type: ignore[misc]
         rows = [prompt.ids for prompt in texts]
         side = kwargs.get("padding_side")
@@ -538,7 +542,7 @@ class ChatTokenizer:
 def chat_tokenizer(tokenizer: Any) -> Any:
     """A new object of a subclass with the state of the one given; it is saved under the same class name."""
     kind = type(tokenizer)
-    made = object.__new__(type(kind.__name__, (ChatTokenizer, kind), {"__module__": __name__}))
+    made: Any = object.__new__(type(kind.__name__, (ChatTokenizer, kind), {"__module__": __name__}))
     vars(made).update(vars(tokenizer))
     return made
 

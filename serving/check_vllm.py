@@ -244,7 +244,7 @@ def reference(
             return_dict=True,
             return_tensors="pt",
             add_generation_prompt=True,
-            **({} if max_tiles is None else {"max_tiles": max_tiles}),
+            processor_kwargs={} if max_tiles is None else {"max_tiles": max_tiles},
         )
         stops = {"eos_token_id": processor.stop_token_ids, "pad_token_id": 2}
         ids = model.generate(**inputs, max_new_tokens=NEW_TOKENS, do_sample=False, **stops)

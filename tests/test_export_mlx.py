@@ -329,6 +329,9 @@ def test_typed_text_stays_text_and_options_reach_the_pictures(tmp_path, nano_pro
     text = apply_chat_template(processor, model.config, typed, num_images=0)
     ids = nano_processor.chat_token_ids([{"role": "user", "content": typed}], add_generation_prompt=True)
     assert prepare_inputs(processor, prompts=text, add_special_tokens=True)["input_ids"].tolist() == [ids]
+    raw = nano_processor(text="<s>Hi")["input_ids"]  # one beginning, whether it is written or not
+    for given in ("<s>Hi", "Hi"):
+        assert prepare_inputs(processor, prompts=given, add_special_tokens=True)["input_ids"].tolist() == raw
     with pytest.raises(ValueError, match="1 places in the chats for 2 pictures"):
         prepare_inputs(processor, images=[wide, wide], prompts=chat)
     with pytest.raises(ValueError, match="enable_thinking"):
