@@ -395,10 +395,9 @@ class Model(nn.Module):
         x = self.language_model.model.embed_tokens(input_ids)
         places = np.flatnonzero(np.array(input_ids).reshape(-1) == self.config.image_token_id)
         visual = kwargs.get("cached_image_features")
-        if visual is None and pixel_values is not None:
-            visual = self.encode_image(pixel_values)
-        count = 0 if visual is None else visual.shape[0]
-        if len(places) != count:
+        if visual is None:
+            visual = mx.zeros((0, x.shape[-1])) if pixel_values is None else self.encode_image(pixel_values)
+        if len(places) != (count := visual.shape[0]):
             raise ValueError(f"the prompt has {len(places)} placeholders for {count} visual tokens; they must match")
         if count:
             rows = x.reshape(-1, x.shape[-1])
@@ -501,7 +500,7 @@ class MonoInternVLMLXProcessor(Processor):  # type: ignore[misc]
         """
         options = {"max_tiles": max_tiles, "min_tiles": min_tiles, "use_thumbnail": use_thumbnail}
         options = {name: value for name, value in options.items() if value is not None}
-        texts = [text] if isinstance(text, str) else text
+        texts: Any = [text] if isinstance(text, str) else text
         if texts is None or not any(isinstance(prompt, RenderedChat) for prompt in texts):
             return super().__call__(images, text, padding=True, return_tensors="np", **options)
         if not all(isinstance(prompt, RenderedChat) for prompt in texts):
@@ -527,7 +526,7 @@ class ChatTokenizer:
     """Mixed into the folder's tokenizer, which mlx-vlm calls itself for prompts without pictures."""
 
     def __call__(self, text=None, *args, **kwargs):  # type: ignore[no-untyped-def]
-        texts = [text] if isinstance(text, str) else text
+        texts: Any = [text] if isinstance(text, str) else text
         if not texts or not all(isinstance(prompt, RenderedChat) for prompt in texts):
             if texts and kwargs.get("add_special_tokens", True):
                 begun = self.bos_token or ""  # type: ignore[attr-defined]
