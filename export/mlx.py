@@ -16,8 +16,9 @@ import torch
 from transformers import PreTrainedConfig
 
 from .. import __version__
+from ..common.engines import refuse_queries_and_gates, stop_token_ids
 from ..common.files import read_json, write_json
-from ..common.stops import stop_token_ids
+from ..compat_mono_internvl import IN_FLOAT16
 from ..configuration_checks_mono_internvl import fields_of
 from ..configuration_mono_internvl import MonoInternVLConfig
 from ..conversion.convert import layout_of, read_config
@@ -78,8 +79,8 @@ def export_mlx(
         image_token_id: of an official source whose nine tokens are not its last ids.
 
     Raises:
-        ValueError: not a Mono-InternVL, one that MLX's code cannot run (activation, float16), no tokenizer, an unknown
-            dtype; names it.
+        ValueError: not a Mono-InternVL, one that MLX's code cannot run (activation, float16, queries, gates), no
+            tokenizer, an unknown dtype; names it.
         FileExistsError, FileNotFoundError, OSError: as for `conversion.convert_checkpoint`.
     """
     if dtype is not None and dtype not in DTYPES:
@@ -90,6 +91,7 @@ def export_mlx(
     config = read_config(folder, image_token_id, "export")
     if config.text_config.hidden_act != "silu":
         raise ValueError(f"{folder}: hidden_act={config.text_config.hidden_act!r}, and the MLX code has silu alone")
+    refuse_queries_and_gates(config, "the MLX code")
     if not has_tokenizer(folder):
         raise ValueError(f"{folder} has no tokenizer, without which mlx-vlm cannot use it")
     with Checkpoint(folder) as given:
@@ -131,10 +133,7 @@ def mlx_name(native: str) -> str:
 def _refuse_float16(plan: Plan, given: Checkpoint) -> None:
     if halves := [output for output in plan.outputs if output.dtype == torch.float16]:
         name = halves[0].sources[0]
-        raise ValueError(
-            f"{given.tensors[name].file}: {name} is float16, in which this model's activations overflow to NaN; give "
-            "dtype bfloat16 or float32"
-        )
+        raise ValueError(f"{given.tensors[name].file}: {name} is {IN_FLOAT16}; give dtype bfloat16 or float32")
 
 
 def _code() -> str:

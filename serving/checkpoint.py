@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from ..common.stops import stop_token_ids
+from ..common.engines import refuse_queries_and_gates, stop_token_ids
 from ..configuration_mono_internvl import MonoInternVLConfig
 from ..weight_mapping_mono_internvl import RENAMINGS, split_grouped_qkv
 
@@ -35,8 +35,12 @@ def serving_config(config: dict[str, Any]) -> MonoInternVLConfig:
     another class. An official folder need not say that `<|im_end|>` ends an answer. And dynamic NTK scaling becomes
     plain RoPE, which it is up to `max_position_embeddings`: engines keep rotated keys of many requests and could not
     follow a base that grows with each, so the context ends there.
+
+    Raises:
+        ValueError: a model with learnable queries or expert gates.
     """
     served = MonoInternVLConfig.from_dict({**config, "model_type": MonoInternVLConfig.model_type})
+    refuse_queries_and_gates(served, "the vLLM plugin")
     served.architectures = [ARCHITECTURE]
     text = served.text_config
     text.rope_parameters = {"rope_type": "default", "rope_theta": text.rope_parameters["rope_theta"]}

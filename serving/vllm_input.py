@@ -33,7 +33,7 @@ from vllm.renderers.hf import HfRenderer
 from vllm.renderers.params import ChatParams
 from vllm.tokenizers.hf import get_cached_tokenizer
 
-from ..common.stops import stop_token_ids
+from ..common.engines import stop_token_ids
 from ..configuration_mono_internvl import MonoInternVLConfig
 from ..processing_mono_internvl import MonoInternVLProcessor
 from ..tiling_mono_internvl import AUTO, AutoTiles

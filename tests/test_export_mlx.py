@@ -139,7 +139,8 @@ def test_the_code_and_all_that_it_runs_lie_beside_the_weights(tmp_path):
     ("values", "message"),
     [
         ({"hidden_act": "gelu"}, "hidden_act='gelu', and the MLX code has silu alone"),
-        ({"dtype": torch.float16}, "is float16, in which this model's activations overflow"),
+        ({"dtype": torch.float16}, "is in float16, in which this model's activations overflow"),
+        ({"expert_gates": True}, "expert_gates=True: the MLX code has no place for either"),
     ],
 )
 def test_what_the_code_cannot_run_is_refused(tmp_path, nano_processor, values, message):
@@ -170,6 +171,15 @@ def test_other_folders_and_options_are_refused(tmp_path, nano_processor):
     config = read(source / "config.json")
     (source / "config.json").write_text(json.dumps({**config, "model_type": "llama"}))
     with pytest.raises(ValueError, match="export takes a Mono-InternVL in the official layout or ours"):
+        export_mlx(source, tmp_path / "out")
+
+
+def test_learnable_queries_have_no_place(tmp_path, nano_processor):
+    queries = {"num_learnable_queries": 4, "query_token_id": 300}
+    source = write(tmp_path / "native", nano_processor)
+    config = read(source / "config.json")
+    (source / "config.json").write_text(json.dumps({**config, **queries}))
+    with pytest.raises(ValueError, match="4 learnable queries and expert_gates=False: the MLX code has no place"):
         export_mlx(source, tmp_path / "out")
 
 

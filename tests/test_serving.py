@@ -16,7 +16,7 @@ from safetensors.torch import load_file
 from typer.testing import CliRunner
 
 from conftest import ROOT, golden, tiny_model
-from mono_internvl.common.stops import stop_token_ids
+from mono_internvl.common.engines import stop_token_ids
 from mono_internvl.serving import check_vllm
 from mono_internvl.serving.checkpoint import is_mono_internvl, native_weights, serving_config
 from mono_internvl.serving.requests import pictures_then_text, take_max_tiles, with_placeholders
@@ -59,6 +59,16 @@ def test_serving_config_of_an_official_folder():
     assert config.text_config.max_position_embeddings == given["llm_config"]["max_position_embeddings"]
     assert config.architectures == ["MonoInternVLForCausalLM"] and config.image_token_id == 393
     assert stop_token_ids(config) == [2, 389, 390]
+
+
+@pytest.mark.parametrize(
+    "values", [{"num_learnable_queries": 4, "query_token_id": 300}, {"text_config": {"expert_gates": True}}]
+)
+def test_queries_and_gates_have_no_place_in_the_engine(values):
+    config = read_config(ROOT)
+    config = {**config, **values, "text_config": {**config["text_config"], **values.get("text_config", {})}}
+    with pytest.raises(ValueError, match="the vLLM plugin has no place for either"):
+        serving_config(config)
 
 
 @pytest.mark.parametrize("official", [True, False])
