@@ -4,7 +4,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from ..processing_mono_internvl import IMAGE_TOKEN
-from ..tiling_mono_internvl import TILE_OPTIONS, check_positive
+from ..tiling_mono_internvl import AUTO, TILE_OPTIONS, check_positive
 
 
 PLACEHOLDER = f"<img>{IMAGE_TOKEN}</img>"
@@ -13,7 +13,7 @@ PICTURE_OPTIONS = (*TILE_OPTIONS, "max_pixels")
 
 def take_max_tiles(
     template_kwargs: Mapping[str, Any], processor_kwargs: Mapping[str, Any] | None, most: int
-) -> tuple[dict[str, Any], int | None]:
+) -> tuple[dict[str, Any], int | str | None]:
     """A chat's `chat_template_kwargs` -> the same without `max_tiles`, and that.
 
     A server takes these from any client, `mm_processor_kwargs` only from trusted ones: work that a stranger asks for
@@ -23,7 +23,7 @@ def take_max_tiles(
         most: the tiles that the server gives a request.
 
     Raises:
-        ValueError: more than those, not a whole number of at least 1, another option of pictures, or
+        ValueError: more than those, neither a whole number of at least 1 nor "auto", another option of pictures, or
             `mm_processor_kwargs` beside it.
     """
     left = {name: value for name, value in template_kwargs.items() if name != "max_tiles"}
@@ -32,11 +32,15 @@ def take_max_tiles(
     tiles = template_kwargs.get("max_tiles")
     if tiles is None:
         return left, None
-    check_positive("max_tiles", tiles)
+    if tiles != AUTO:
+        check_positive("max_tiles", tiles)
     if processor_kwargs:
         raise ValueError(
             "max_tiles is in chat_template_kwargs and there are mm_processor_kwargs: give it once, among the latter"
         )
+    if tiles == AUTO:
+        # Of a request it keeps within the server's number.
+        return left, AUTO
     if tiles > most:
         raise ValueError(f"max_tiles={tiles} is more than the {most} that this server gives a request")
     return left, int(tiles)

@@ -171,7 +171,7 @@ class ChatRenderer(HfRenderer):
         return replace(params, chat_template_kwargs=left), options
 
     @staticmethod
-    def _with_options(prompt: Any, options: dict[str, int]) -> Any:
+    def _with_options(prompt: Any, options: dict[str, Any]) -> Any:
         return {**prompt, "mm_processor_kwargs": options} if options and "multi_modal_data" in prompt else prompt
 
     def _for_our_template(self, messages: list[Any], params: ChatParams) -> tuple[list[Any], ChatParams]:
@@ -257,8 +257,10 @@ class PictureInfo(BaseProcessingInfo):
         """The most tiles of a request that asks for nothing."""
         return self.get_hf_processor().image_processor.tile_limit(self.tile_options({}).get("max_tiles"))
 
-    def options_of_at_most(self, tiles: int) -> dict[str, int]:
+    def options_of_at_most(self, tiles: int | str) -> dict[str, Any]:
         """`mm_processor_kwargs` of a request for fewer tiles; they come before the server's `min_tiles`."""
+        if isinstance(tiles, str):
+            return {"max_tiles": tiles}
         low = self.tile_options({}).get("min_tiles", 1)
         return {"max_tiles": tiles} if low <= tiles else {"max_tiles": tiles, "min_tiles": tiles}
 

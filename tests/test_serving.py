@@ -137,6 +137,7 @@ def test_max_tiles_is_taken_from_the_templates_keywords():
     assert take_max_tiles({"max_tiles": 2, "x": 1}, None, most=12) == ({"x": 1}, 2)
     assert take_max_tiles({"x": 1}, {"max_tiles": 20}, most=12) == ({"x": 1}, None)
     assert take_max_tiles({"max_tiles": 12}, {}, most=12) == ({}, 12)
+    assert take_max_tiles({"max_tiles": "auto"}, None, most=12) == ({}, "auto")
 
 
 @pytest.mark.parametrize(
