@@ -17,7 +17,7 @@ KEYS = (
     *("max_tiles", "max_length", "packing", "padding_free", "loss_weighting", "steps", "epochs", "batch_size"),
     *("accumulation", "learning_rate", "schedule", "min_lr_rate", "warmup", "weight_decay", "adam_beta1", "adam_beta2"),
     *("adam_epsilon", "max_grad_norm", "drop_path", "bf16", "gradient_checkpointing", "attn_implementation"),
-    *("compile", "lora"),
+    *("compile", "distillation", "lora"),
     *("on_bad_sample", "max_bad_share", "save_dtype", "workers", "log_steps", "save_steps", "keep_checkpoints", "seed"),
 )
 _OPTIONS = ("runs", "output", "resume", "list")
