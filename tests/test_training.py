@@ -180,7 +180,11 @@ def test_overrides_are_read_as_yaml_and_lengths_replace_each_other():
 
 
 def test_groups_cover_every_parameter_once():
-    model = tiny_model(text_config={"visual_attention_experts": "qkvo"})
+    model = tiny_model(
+        num_learnable_queries=4,
+        query_token_id=118,
+        text_config={"visual_attention_experts": "qkvo", "expert_gates": True},
+    )
     groups = grouped_parameters(model)
     assert tuple(groups) == GROUPS
     found = [id(p) for parameters in groups.values() for p in parameters]
