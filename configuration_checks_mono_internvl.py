@@ -2,7 +2,7 @@
 
 import difflib
 import math
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 from typing import Any
 
 from transformers.configuration_utils import PreTrainedConfig
@@ -23,6 +23,16 @@ ROPE_NUMBERS: dict[str, tuple[str, ...]] = {
 
 # Where a block of learnable queries stands, see `MonoInternVLConfig`.
 QUERY_PLACEMENTS = ("image", "question")
+# Which attention projections have a bias, as `attention_bias` says it -> their letters.
+BIASED_PROJECTIONS: dict[bool | str, str] = {False: "", True: "qkvo", "qkv": "qkv", "o": "o"}
+
+
+def check_choice(where: str, config: Any, name: str, allowed: Collection[Any]) -> None:
+    """Raise a ValueError that names the field unless its value is one of those allowed; 1 and 0 are no truth values."""
+    value = getattr(config, name)
+    if not any(value == one and type(value) is type(one) for one in allowed):
+        listed = ", ".join(one if isinstance(one, str) else repr(one) for one in allowed)
+        raise ValueError(f"{where}{name}={value!r} must be one of {listed}")
 
 
 def check_numbers(where: str, config: Any, names: Iterable[str], kind: Any = int) -> None:

@@ -14,6 +14,8 @@ from transformers.configuration_utils import PreTrainedConfig
 from transformers.utils import logging
 
 from .configuration_checks_mono_internvl import (
+    BIASED_PROJECTIONS,
+    check_choice,
     check_numbers,
     check_queries,
     check_rope,
@@ -52,6 +54,9 @@ _IMAGE_START, _IMAGE_END, _STOPS, _IMAGE_TOKEN_FROM_END = -2, -1, (-4, -3), 7
 PATCHES_PER_TOKEN_SIDE = 2
 
 
+# Truth values that are written only where they are True.
+_SWITCHES = ("mlp_bias", "qk_norm", "expert_gates")
+
 # What the released configuration had -> where it is here.
 _RELEASED_NAMES = {
     "llm_config": "text_config",
@@ -73,7 +78,7 @@ _TEXT_DIMENSIONS = frozenset(
     {
         *("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "head_dim"),
         *("num_key_value_heads", "max_position_embeddings", "rope_theta", "rope_scaling", "rope_parameters"),
-        *("rms_norm_eps", "hidden_act", "drop_path_rate"),
+        *("rms_norm_eps", "hidden_act", "drop_path_rate", "attention_bias", "mlp_bias", "qk_norm"),
     }
 )
 
@@ -128,9 +133,13 @@ class MonoInternVLVisionConfig(PreTrainedConfig):
 
 
 class MonoInternVLTextConfig(PreTrainedConfig):
-    """The decoder: InternLM2's shape (arXiv 2403.17297) with a second feed-forward expert per layer.
+    """The decoder: InternLM2's shape (arXiv 2403.17297), or that of another base, with a second feed-forward expert per
+    layer.
 
     Args:
+        attention_bias: which attention projections have a bias: False, True (all four), `qkv` (Qwen2) or `o`.
+        mlp_bias: whether the projections of the feed-forward experts have one.
+        qk_norm: whether each head's queries and keys are normalised before they are rotated (Qwen3).
         visual_attention_experts: which attention projections visual tokens have of their own (Mono-InternVL-1.5):
             `none` (v1), `qkv` or `qkvo`.
         expert_kernel: how routed experts are computed: `plain`; `fused`, by a Triton kernel wherever it can run; or
@@ -177,7 +186,9 @@ class MonoInternVLTextConfig(PreTrainedConfig):
     eos_token_id: int | list[int] | None = 2
     tie_word_embeddings: bool = False
     rope_parameters: Any = None
-    attention_bias: bool = False
+    attention_bias: bool | str = False
+    mlp_bias: bool = False
+    qk_norm: bool = False
     attention_dropout: float | int = 0.0
     drop_path_rate: float | int = 0.0
     visual_attention_experts: str = "none"
@@ -186,7 +197,7 @@ class MonoInternVLTextConfig(PreTrainedConfig):
 
     def __post_init__(self, **kwargs: Any):
         # InternLM2's own name for it; a pinned attention backend would overrule the caller's.
-        self.attention_bias = kwargs.pop("bias", self.attention_bias)
+        self.attention_bias = kwargs.pop("bias", self.attention_bias) or False
         kwargs.pop("attn_implementation", None)
         warn_of_misspelt(
             "text_config", self, [name for name in kwargs if name not in ("rope_scaling", "rope_theta", "bias")]
@@ -211,15 +222,11 @@ class MonoInternVLTextConfig(PreTrainedConfig):
                 f"text_config: num_attention_heads={self.num_attention_heads} must be a multiple of "
                 f"num_key_value_heads={self.num_key_value_heads}"
             )
-        if self.visual_attention_experts not in VISUAL_ATTENTION_EXPERTS:
-            raise ValueError(
-                f"visual_attention_experts={self.visual_attention_experts!r} must be one of "
-                f"{', '.join(VISUAL_ATTENTION_EXPERTS)}"
-            )
-        if self.expert_kernel not in EXPERT_KERNELS:
-            raise ValueError(
-                f"text_config: expert_kernel={self.expert_kernel!r} must be one of {', '.join(EXPERT_KERNELS)}"
-            )
+        check_choice("", self, "visual_attention_experts", VISUAL_ATTENTION_EXPERTS)
+        check_choice("text_config: ", self, "expert_kernel", EXPERT_KERNELS)
+        check_choice("text_config: ", self, "attention_bias", BIASED_PROJECTIONS)
+        for name in _SWITCHES:
+            check_choice("text_config: ", self, name, (False, True))
         for name in ("drop_path_rate", "attention_dropout"):
             value = getattr(self, name)
             if not isinstance(value, (int, float)) or not 0.0 <= value < 1.0:
@@ -242,13 +249,24 @@ class MonoInternVLTextConfig(PreTrainedConfig):
             raise ValueError(f"text_config: rope_theta={rope['rope_theta']!r} must be a positive number")
         self.plan_visual_attention()
 
+    @property
+    def biased_projections(self) -> str:
+        """The letters of the attention projections that have a bias."""
+        return BIASED_PROJECTIONS[self.attention_bias]
+
     def to_dict(self) -> dict[str, Any]:
-        return without_unused(super().to_dict(), "expert_gates", ("expert_gates",))
+        values = super().to_dict()
+        for name in _SWITCHES:
+            values = without_unused(values, name, (name,))
+        return values
 
     def plan_visual_attention(self) -> None:
-        """Tensor-parallel rules for the visual projections there are; transformers warns of those without a match."""
+        """Tensor-parallel rules for the visual projections and the norms of heads that there are; transformers warns of
+        those without a match."""
         parts = "" if self.visual_attention_experts == "none" else self.visual_attention_experts
         rules = {f"layers.*.self_attn.visual_{x}_proj": "rowwise" if x == "o" else "colwise" for x in parts}
+        norms = [f"{kind}{x}_norm" for kind in ("", "visual_" if parts else "") for x in "qk"] if self.qk_norm else []
+        rules |= {f"layers.*.self_attn.{name}": "replicated_with_grad_allreduce" for name in norms}
         self.base_model_tp_plan = {**self.base_model_tp_plan, **rules}  # type: ignore[misc]
 
 
@@ -321,12 +339,8 @@ class MonoInternVLConfig(PreTrainedConfig):
         text_choice = self.text_config.visual_attention_experts
         if self.visual_attention_experts is None:
             self.visual_attention_experts = text_choice
-        elif self.visual_attention_experts not in VISUAL_ATTENTION_EXPERTS:
-            raise ValueError(
-                f"visual_attention_experts={self.visual_attention_experts!r} must be one of "
-                f"{', '.join(VISUAL_ATTENTION_EXPERTS)}"
-            )
-        elif text_choice not in ("none", self.visual_attention_experts):
+        check_choice("", self, "visual_attention_experts", VISUAL_ATTENTION_EXPERTS)
+        if text_choice not in ("none", self.visual_attention_experts):
             raise ValueError(
                 f"visual_attention_experts={self.visual_attention_experts!r} contradicts "
                 f"text_config.visual_attention_experts={text_choice!r}"

@@ -62,9 +62,16 @@ def dispatch(x: torch.Tensor, plan: Any) -> tuple[torch.Tensor, torch.Tensor]:
 
 def combine(text: torch.Tensor, visual: torch.Tensor, plan: Any, batch_shape: Sequence[int]) -> torch.Tensor:
     """The inverse of `dispatch`; every row of the result is written exactly once, in place."""
-    out = text.new_empty((plan.text.shape[0] + plan.visual.shape[0], text.shape[-1]))
+    out = text.new_empty((plan.text.shape[0] + plan.visual.shape[0], *text.shape[1:]))
     out.index_copy_(0, plan.text, text).index_copy_(0, plan.visual, visual)
-    return out.view(*batch_shape, text.shape[-1])
+    return out.view(*batch_shape, *text.shape[1:])
+
+
+def routed_rows(x: torch.Tensor, plan: Any, text_module: nn.Module, visual_module: nn.Module) -> torch.Tensor:
+    """[B, T, ...] -> the same shape: each row through the module of its group, plainly (norms of a head)."""
+    rows = x.flatten(0, 1)
+    text, visual = rows.index_select(0, plan.text), rows.index_select(0, plan.visual)
+    return combine(text_module(text), visual_module(visual), plan, x.shape[:2])
 
 
 # ------------------------------------------------------------------------------------------------------ either of two

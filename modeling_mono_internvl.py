@@ -17,7 +17,9 @@
    the model trains.
 7. With `num_learnable_queries` (BREEN, arXiv 2503.12446) a prompt with pictures also holds queries, learnt vectors that
    are routed as visual tokens are (`queries_mono_internvl.py`).
-8. RoPE with a dynamic NTK that has no state: angles depend on this call's positions alone, and keys in the cache keep
+8. Other bases than InternLM2 bring biases of some projections and norms of each head's queries and keys (`qk_norm`).
+   Visual attention experts have biases and norms of their own.
+9. RoPE with a dynamic NTK that has no state: angles depend on this call's positions alone, and keys in the cache keep
    those that they were rotated with.
 
 Shapes: B batch, T current tokens, S all tokens incl. cache, N = B*T, H hidden, D head_dim. A picture comes as square
@@ -56,7 +58,7 @@ from .compat_mono_internvl import (
     update_cache,
 )
 from .configuration_mono_internvl import MonoInternVLConfig, MonoInternVLTextConfig
-from .experts_mono_internvl import routed_feed_forward, routed_linears
+from .experts_mono_internvl import routed_feed_forward, routed_linears, routed_rows
 from .generation_mono_internvl import MonoInternVLGenerationMixin
 from .loading_mono_internvl import SavingMixin, StrictLoadingMixin, refuse_unknown
 from .norm_mono_internvl import MonoInternVLRMSNorm
@@ -121,21 +123,22 @@ class MonoInternVLAttention(nn.Module):
         self.is_causal = True
         width, kv_width = config.num_attention_heads * self.head_dim, config.num_key_value_heads * self.head_dim
 
-        def linear(inputs: int, outputs: int) -> nn.Linear:
-            return nn.Linear(inputs, outputs, bias=config.attention_bias)
-
-        self.q_proj = linear(config.hidden_size, width)
-        self.k_proj = linear(config.hidden_size, kv_width)
-        self.v_proj = linear(config.hidden_size, kv_width)
-        self.o_proj = linear(width, config.hidden_size)
+        qkv_bias, o_bias = "q" in config.biased_projections, "o" in config.biased_projections
         self.has_visual_qkv = config.visual_attention_experts in ("qkv", "qkvo")
         self.has_visual_o = config.visual_attention_experts == "qkvo"
+        self.q_proj = nn.Linear(config.hidden_size, width, bias=qkv_bias)
+        self.k_proj = nn.Linear(config.hidden_size, kv_width, bias=qkv_bias)
+        self.v_proj = nn.Linear(config.hidden_size, kv_width, bias=qkv_bias)
+        self.o_proj = nn.Linear(width, config.hidden_size, bias=o_bias)
         if self.has_visual_qkv:
-            self.visual_q_proj = linear(config.hidden_size, width)
-            self.visual_k_proj = linear(config.hidden_size, kv_width)
-            self.visual_v_proj = linear(config.hidden_size, kv_width)
+            self.visual_q_proj = nn.Linear(config.hidden_size, width, bias=qkv_bias)
+            self.visual_k_proj = nn.Linear(config.hidden_size, kv_width, bias=qkv_bias)
+            self.visual_v_proj = nn.Linear(config.hidden_size, kv_width, bias=qkv_bias)
         if self.has_visual_o:
-            self.visual_o_proj = linear(width, config.hidden_size)
+            self.visual_o_proj = nn.Linear(width, config.hidden_size, bias=o_bias)
+        for expert in ("", "visual_") if self.has_visual_qkv else ("",):
+            for name in (f"{expert}q_norm", f"{expert}k_norm") if config.qk_norm else ():
+                setattr(self, name, MonoInternVLRMSNorm(self.head_dim, config.rms_norm_eps))
 
     def project(self, x: torch.Tensor, routing: RoutingPlan | None, queries: int | None) -> tuple[torch.Tensor, ...]:
         """[B, T, H] -> q, k, v [B, T, heads * D]; `queries`: only the last so many positions, all text, get a q."""
@@ -152,6 +155,15 @@ class MonoInternVLAttention(nn.Module):
             k, v = routed_linears(x, routing, pairs[:2], self.config.expert_kernel)
             q = self.q_proj(x[:, -queries:])
         return q, k, v
+
+    def normalise(self, x: torch.Tensor, which: str, routing: RoutingPlan | None) -> torch.Tensor:
+        """The queries ("q") or keys ("k") of each head, [B, T, heads, D], normalised where the base has such norms."""
+        if not self.config.qk_norm:
+            return x
+        norm = getattr(self, f"{which}_norm")
+        if routing is None or not self.has_visual_qkv:
+            return norm(x)
+        return routed_rows(x, routing, norm, getattr(self, f"visual_{which}_norm"))
 
     def forward(
         self,
@@ -174,6 +186,8 @@ class MonoInternVLAttention(nn.Module):
         attention_mask, queries = last_queries(self.config, attention_mask, keep, cache, samples)
         q, k, v = self.project(hidden_states, routing, queries)
         q, k, v = (x.view(*x.shape[:2], -1, self.head_dim) for x in (q, k, v))  # [B, T, heads, D]
+        k = self.normalise(k, "k", routing)
+        q = self.normalise(q, "q", routing if queries is None else None)
         cos, sin = position_embeddings
         k = rotate(k, cos, sin)
         q = rotate(q, cos, sin) if queries is None else rotate(q, cos[:, -queries:], sin[:, -queries:])
@@ -200,13 +214,13 @@ class MonoInternVLAttention(nn.Module):
 
 
 class MonoInternVLMLP(nn.Module):
-    """SwiGLU: down(act(gate x) * up x), no biases; with `expert_gates` times sigmoid(output_gate x)."""
+    """SwiGLU: down(act(gate x) * up x); with `expert_gates` times sigmoid(output_gate x)."""
 
     def __init__(self, config: MonoInternVLTextConfig):
         super().__init__()
-        self.gate_proj = nn.Linear(config.hidden_size, config.intermediate_size, bias=False)
-        self.up_proj = nn.Linear(config.hidden_size, config.intermediate_size, bias=False)
-        self.down_proj = nn.Linear(config.intermediate_size, config.hidden_size, bias=False)
+        self.gate_proj = nn.Linear(config.hidden_size, config.intermediate_size, bias=config.mlp_bias)
+        self.up_proj = nn.Linear(config.hidden_size, config.intermediate_size, bias=config.mlp_bias)
+        self.down_proj = nn.Linear(config.intermediate_size, config.hidden_size, bias=config.mlp_bias)
         self.output_gate = nn.Linear(config.hidden_size, 1, bias=False) if config.expert_gates else None
         self.act_fn = ACT2FN[config.hidden_act]
 
