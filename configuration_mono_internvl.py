@@ -186,7 +186,8 @@ class MonoInternVLTextConfig(PreTrainedConfig):
     eos_token_id: int | list[int] | None = 2
     tie_word_embeddings: bool = False
     rope_parameters: Any = None
-    attention_bias: bool | str = False
+    # bool or str.
+    attention_bias: Any = False
     mlp_bias: bool = False
     qk_norm: bool = False
     attention_dropout: float | int = 0.0

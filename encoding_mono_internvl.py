@@ -133,12 +133,12 @@ def _expand_queries(
 def encode(
     prompt: Iterable[Segment], tokens: list[int] | None, vocabulary: Vocabulary, queries: int = 0
 ) -> tuple[list[int], list[int]]:
-    """Segments -> ids, and 1 where an answer or its `<|im_end|>` is.
+    """Segments -> ids, and 1 where an answer or the end of its turn (`<|im_end|>`) is.
 
     `tokens`: visual tokens of each picture; None leaves placeholders as they stand. `queries`: learnable queries of a
     block.
     """
-    end_of_turn = vocabulary.control["<|im_end|>"]
+    end_of_turn = vocabulary.end_ids[0]
     pieces: list[tuple[int | str, bool]] = []
     answered = False
     pictures = vocabulary.visual_ids

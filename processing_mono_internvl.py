@@ -70,9 +70,12 @@ class MonoInternVLProcessor(CountingMixin, ProcessorMixin):
 
     Args:
         image_processor: makes tiles and patches.
-        tokenizer: a fast tokenizer with InternLM2's control tokens and `<img>`, `</img>`, `<IMG_CONTEXT>`.
-        chat_template: default is the `internlm2-chat` template beside this file.
+        tokenizer: a fast tokenizer with `<img>`, `</img>`, `<IMG_CONTEXT>` and tokens that mark turns (`TURNS`).
+        chat_template: default is the template beside this file, `internlm2-chat` or that of another base.
         num_learnable_queries, query_placement: the model's, see `MonoInternVLConfig`.
+
+    Raises:
+        ValueError: the tokenizer lacks tokens, those that the chat template marks turns with among them; named.
     """
 
     def __init__(  # type: ignore[no-untyped-def]
@@ -90,7 +93,7 @@ class MonoInternVLProcessor(CountingMixin, ProcessorMixin):
         self.image_token, self.image_start, self.image_end = IMAGE_TOKEN, IMAGE_START, IMAGE_END
         super().__init__(image_processor, tokenizer, chat_template=chat_template, **kwargs)
         if tokenizer is not None:
-            checked_backend(tokenizer)
+            checked_backend(tokenizer, self._own_templates())
         check_placement(num_learnable_queries, query_placement)
         self.num_learnable_queries, self.query_placement = num_learnable_queries, query_placement
         if num_learnable_queries and tokenizer is not None and self.query_token_id is None:
@@ -98,8 +101,11 @@ class MonoInternVLProcessor(CountingMixin, ProcessorMixin):
 
     def _vocabulary(self, chat_template: str | None = None) -> Vocabulary:
         """The tokenizer's tokens as they are now; `chat_template` beside the processor's own."""
+        return vocabulary_of(self.tokenizer, (chat_template or "") + self._own_templates())
+
+    def _own_templates(self) -> str:
         own = self.chat_template if isinstance(self.chat_template, dict) else {"": self.chat_template or ""}
-        return vocabulary_of(self.tokenizer, "".join([chat_template or "", *own.values()]))
+        return "".join(own.values())
 
     @property
     def image_token_id(self) -> int:
@@ -123,8 +129,9 @@ class MonoInternVLProcessor(CountingMixin, ProcessorMixin):
 
     @property
     def stop_token_ids(self) -> list[int]:
-        """Ids that end an answer: `</s>`, `<|im_end|>`, `<|im_start|>`."""
-        return [self.tokenizer.eos_token_id, *self.tokenizer.convert_tokens_to_ids(["<|im_end|>", "<|im_start|>"])]
+        """Ids that end an answer: the tokenizer's own (`</s>`) and those of turns (`<|im_end|>`, `<|im_start|>`)."""
+        ends = dict.fromkeys([self.tokenizer.eos_token_id, *self._vocabulary().end_ids])
+        return [token for token in ends if token is not None]
 
     @property
     def model_input_names(self) -> list[str]:

@@ -7,9 +7,10 @@
 A transformers tokenizer keeps truncation, padding and the reading of control tokens in its backend, where each call
 sets them for all threads. A `Vocabulary` encodes through a copy of the backend that nobody else can reach.
 
-Three kinds of tokens stand beside the ordinary ones. Control tokens (InternLM2's, a base's own, and special ones that
-the chat template writes) are recognised in the template's parts of a prompt only; grounding tags and the tokens that a
-user added to the tokenizer, special or not, are content and are recognised everywhere.
+Three kinds of tokens stand beside the ordinary ones. Control tokens (InternLM2's, those of the turns, a base's own, and
+special ones that the chat template writes) are recognised in the template's parts of a prompt only; grounding tags, the
+tokens that a user added to the tokenizer, special or not, and those that a base has for its text (`<tool_call>`), are
+content and are recognised everywhere. A base's own are control if they are special, or look like it (`<|fim_prefix|>`).
 """
 
 import codecs
@@ -17,8 +18,8 @@ import json
 import re
 import threading
 import weakref
-from collections.abc import Iterable, Sequence
-from typing import Any
+from collections.abc import Collection, Iterable, Sequence
+from typing import Any, NamedTuple
 
 from tokenizers import AddedToken, Encoding, Tokenizer
 
@@ -31,10 +32,33 @@ CONTROL_TOKENS = (
     *("<unk>", "<s>", "</s>", "<|plugin|>", "<|interpreter|>", "<|action_end|>", "<|action_start|>"),
     *("<|im_end|>", "<|im_start|>", IMAGE_START, IMAGE_END, IMAGE_TOKEN),
 )
-_NEEDED = (IMAGE_TOKEN, IMAGE_START, IMAGE_END, "<|im_start|>", "<|im_end|>")
+_NEEDED = (IMAGE_TOKEN, IMAGE_START, IMAGE_END)
+
+
+class Turns(NamedTuple):
+    """How prompts mark turns.
+
+    Attributes:
+        needed: tokens that a tokenizer must have for it.
+        ends: those that end an answer, as far as a tokenizer has them; the first one closes a turn.
+    """
+
+    needed: tuple[str, ...]
+    ends: tuple[str, ...]
+
+
+TURNS = {
+    "chatml": Turns(("<|im_start|>", "<|im_end|>"), ("<|im_end|>", "<|im_start|>")),
+    "llama3": Turns(
+        ("<|start_header_id|>", "<|end_header_id|>", "<|eot_id|>"),
+        ("<|eot_id|>", "<|start_header_id|>", "<|eom_id|>"),
+    ),
+}
+_TURN_TOKENS = tuple({token: None for turns in TURNS.values() for token in (*turns.needed, *turns.ends)})
 _ROLES = ("bos_token", "eos_token", "unk_token", "pad_token", "sep_token", "cls_token", "mask_token")
 # What conversion fills the gaps between a base's ids with.
 _RESERVED = re.compile(r"<\|reserved_\d+\|>")
+_LOOKS_LIKE_CONTROL = re.compile(r"<\|[^<|>\s]+\|>")
 
 _LOCK = threading.Lock()
 # Templates of one tokenizer whose vocabulary is kept.
@@ -42,19 +66,36 @@ _TEMPLATES = 32
 _made: "weakref.WeakKeyDictionary[Any, tuple[Any, dict[str, Vocabulary]]]" = weakref.WeakKeyDictionary()
 
 
-def checked_backend(tokenizer: Any) -> Tokenizer:
-    """The backend of a transformers tokenizer, if it may be one of Mono-InternVL's.
+def checked_backend(tokenizer: Any, template: str = "") -> Tokenizer:
+    """The backend of a transformers tokenizer, if it may be one of Mono-InternVL's beside this chat template.
 
     Raises:
-        ValueError: it is not; names what it lacks.
+        ValueError: it is not, or the template marks turns with tokens that it lacks; names them.
     """
     backend = getattr(tokenizer, "backend_tokenizer", None)
     if backend is None:
         raise ValueError(f"{type(tokenizer).__name__} is no fast tokenizer: use AutoTokenizer or TokenizersBackend")
     absent = [token for token in _NEEDED if backend.token_to_id(token) is None]
+    lacks = [absent_tokens(backend, turns) for turns in TURNS.values()]
+    if all(lacks):
+        absent += lacks[0]
     if absent:
         raise ValueError(f"the tokenizer lacks {', '.join(absent)}: it is not one of Mono-InternVL's")
+    for token in _TURN_TOKENS:
+        if token in template and backend.token_to_id(token) is None:
+            raise ValueError(f"the chat template writes {token}, which the tokenizer lacks: give another template")
     return backend
+
+
+def absent_tokens(backend: Tokenizer, turns: Turns) -> list[str]:
+    """What a tokenizer lacks to mark turns in this way."""
+    return [token for token in turns.needed if backend.token_to_id(token) is None]
+
+
+def turns_of(backend: Tokenizer, template: Collection[str]) -> Turns:
+    """How a chat template (its text, or its special tokens) marks turns; as the tokenizer can where that says nothing."""
+    able = [turns for turns in TURNS.values() if not absent_tokens(backend, turns)]
+    return next((turns for turns in able if all(token in template for token in turns.needed)), able[0])
 
 
 def vocabulary_of(tokenizer: Any, template: str = "") -> "Vocabulary":
@@ -65,9 +106,9 @@ def vocabulary_of(tokenizer: Any, template: str = "") -> "Vocabulary":
         template: the source of the chat template; a special token that stands in it is a control token.
 
     Raises:
-        ValueError: the tokenizer is not one of Mono-InternVL's; names what it lacks.
+        ValueError: as `checked_backend`.
     """
-    backend = checked_backend(tokenizer)
+    backend = checked_backend(tokenizer, template)
     added = backend.get_added_tokens_decoder()
     roles = tuple(getattr(tokenizer, role) for role in _ROLES)
     state = (id(backend), roles, frozenset((i, token.content, token.special) for i, token in added.items()))
@@ -93,12 +134,13 @@ class Vocabulary:
         image_token_id, image_token_ids: of `<IMG_CONTEXT>`; of it, `<img>` and `</img>`.
         query_token_id: of `<QUERY_CONTEXT>`, None where the tokenizer has none.
         visual_ids: all of these, which are never learnt and never cut off.
+        end_ids: of the tokens that end an answer; the first one closes a turn.
         size: ids from here on have no token.
     """
 
     def __init__(self, backend: Tokenizer, added: dict[int, AddedToken], roles: set[str], named: frozenset[str]):
         self.named = named
-        known = (*CONTROL_TOKENS, QUERY_TOKEN, *GROUNDING_TAGS)
+        known = (*CONTROL_TOKENS, *_TURN_TOKENS, QUERY_TOKEN, *GROUNDING_TAGS)
         ids = {token: i for token in known if (i := backend.token_to_id(token)) is not None}
         # Ours come behind a base's tokens, and a user's behind ours.
         last = max(i for token, i in ids.items() if token in (IMAGE_START, IMAGE_END, IMAGE_TOKEN, *GROUNDING_TAGS))
@@ -107,6 +149,7 @@ class Vocabulary:
         for i, token in added.items():
             text = token.content
             fixed = token.special and (i < last or text in named or _RESERVED.fullmatch(text))
+            fixed = fixed or (i < last and _LOOKS_LIKE_CONTROL.fullmatch(text))
             if text not in self.content and (fixed or text in roles):
                 self.control[text] = i
         self.control_pattern, self.content_pattern = _alternatives(self.control), _alternatives(self.content)
@@ -116,6 +159,7 @@ class Vocabulary:
         self.image_token_id = ids[IMAGE_TOKEN]
         self.query_token_id = ids.get(QUERY_TOKEN)
         self.visual_ids = {*self.image_token_ids, *([] if self.query_token_id is None else [self.query_token_id])}
+        self.end_ids = [ids[token] for token in turns_of(backend, named).ends if token in ids]
         self.size = backend.get_vocab_size(with_added_tokens=True)
         self._encoder = self._copy(backend, added)
         self._forged = frozenset(self.control.values()) - {self._encoder.token_to_id("<unk>")}

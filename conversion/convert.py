@@ -19,14 +19,13 @@ from ..processor_loading_mono_internvl import load_image_processor
 from ..tiling_mono_internvl import AUTO
 from .files import (
     copy_licences,
-    has_tokenizer,
     make_tokenizer_config_portable,
     save_native_config,
-    warn_without_tokenizer,
 )
 from .job import Job, Report
 from .plan import EMBEDDING, layout_name, plan_native, plan_official
 from .source import MONO_INTERNVL, Checkpoint, encoder_tensor, find_source, vision_kind
+from .tokenizer import has_tokenizer, warn_without_tokenizer
 from .verify import Differences, NativeView, compare_layouts
 from .writer import Progress, check_destination, expand_user, parse_size, write_json
 

@@ -20,23 +20,18 @@ import torch
 from ..common.files import read_json
 from ..common.models import DTYPES, check_dtype
 from ..compat_mono_internvl import IN_FLOAT16
+from ..configuration_checks_mono_internvl import BIASED_PROJECTIONS
 from ..configuration_mono_internvl import VISUAL_ATTENTION_EXPERTS, MonoInternVLConfig
-from .files import (
-    Extended,
-    copy_licences,
-    extended_tokenizer,
-    save_generation_config,
-    save_native_config,
-    save_processor,
-)
+from .families import ASSUMED, Family, family_of, has_biases, list_families
+from .files import copy_licences, save_generation_config, save_native_config
 from .job import Job, Report
 from .plan import EMBEDDING, layout_name, plan_expansion, recipe
 from .source import Checkpoint, encoder_tensor, find_source, vision_kind
+from .tokenizer import Extended, extended_tokenizer, save_processor
 from .verify import Differences, NativeView, compare_expansion
 from .writer import Progress, check_destination, expand_user, parse_size
 
 
-DENSE_LAYOUTS = {"InternLM2ForCausalLM": "internlm2", "InternLM3ForCausalLM": "llama", "LlamaForCausalLM": "llama"}
 _REQUIRED = (
     "vocab_size",
     "hidden_size",
@@ -44,27 +39,12 @@ _REQUIRED = (
     "num_hidden_layers",
     "num_attention_heads",
 )
-# What the code of these architectures assumes where a file says nothing (transformers' LlamaConfig, InternLM2's and
-# InternLM3's own); ours assumes the released InternLM2-1.8B. InternLM2 pads with `</s>`.
-_ASSUMED = {
-    "num_key_value_heads": None,
-    "head_dim": None,
-    "hidden_act": "silu",
-    "max_position_embeddings": 2048,
-    "rms_norm_eps": 1e-6,
-    "bos_token_id": 1,
-    "eos_token_id": 2,
-    "pad_token_id": None,
-    "tie_word_embeddings": False,
-}
-_ASSUMED_BY = {
-    "InternLM2ForCausalLM": {"pad_token_id": 2},
-    "InternLM3ForCausalLM": {"max_position_embeddings": 32768},
-}
-_ASSUMED_THETA = 10000.0
-# null means what no entry means, but for tokens, which a model may be without.
-_MAY_BE_NULL = ("bos_token_id", "eos_token_id", "pad_token_id", "head_dim")
-_BY_TYPE = {"internlm2": "InternLM2ForCausalLM", "internlm3": "InternLM3ForCausalLM", "llama": "LlamaForCausalLM"}
+# null means what no entry means, but for tokens, which a model may be without, and for what then follows from others.
+_MAY_BE_NULL = ("bos_token_id", "eos_token_id", "pad_token_id", "head_dim", "num_key_value_heads")
+# Part of a layer -> one of the biases that it has, or has not.
+_BIASES = {"qkv": "self_attn.q_proj.bias", "o": "self_attn.o_proj.bias", "mlp": "mlp.gate_proj.bias"}
+# (q, k and v have biases, o has) -> `attention_bias`.
+_ATTENTION_BIAS = {("q" in letters, "o" in letters): value for value, letters in BIASED_PROJECTIONS.items()}
 
 
 def expand_checkpoint(
@@ -82,10 +62,10 @@ def expand_checkpoint(
     manifest: bool = False,
     progress: Progress | None = None,
 ) -> Report:
-    """Turn a dense InternLM2, InternLM3 or Llama checkpoint into a Mono-InternVL in our layout.
+    """Turn a dense checkpoint into a Mono-InternVL in our layout.
 
     Args:
-        source: folder, or Hub id (`owner/name`, `owner/name@revision`).
+        source: folder, or Hub id (`owner/name`, `owner/name@revision`), of one of `families.FAMILIES`.
         destination: folder to make; must not exist, or be empty. An interrupted call leaves a folder named
             `destination.KEY.partial`, and the same call goes on with it.
         visual_attention_experts: `none`, `qkv` or `qkvo` (Mono-InternVL-1.5).
@@ -124,15 +104,15 @@ def expand_checkpoint(
         "seed": seed,
         "base_model": base_model,
     }
-    refuse_other_models(folder)
+    family = dense_family(folder)
+    layout = family.layout
     with Checkpoint(folder) as dense:
         _refuse_vision_tensors(dense)
-        layout = DENSE_LAYOUTS[_architecture(dense.config)]
-        values = _read_dense(dense, layout)
+        values = _read_dense(dense, family)
         ids = {role: values[role] for role in ("bos_token_id", "eos_token_id", "pad_token_id")}
         if (folder / "generation_config.json").is_file():
             ids["stops"] = read_json(folder / "generation_config.json").get("eos_token_id")
-        extended = extended_tokenizer(folder, layout, values["vocab_size"], {"stops": None, **ids})
+        extended = extended_tokenizer(folder, family, values["vocab_size"], {"stops": None, **ids})
         config = _expanded_config(dense, layout, values, extended, options)
         plan = plan_expansion(config, dense, layout, new_rows=extended.new_rows, dtype=DTYPES[dtype], seed=seed)
 
@@ -155,30 +135,46 @@ def expand_checkpoint(
         return job.run(destination, write_files, compare if verify else None, max_shard_size, progress)
 
 
-def refuse_other_models(folder: Path) -> None:
-    """Raise a ValueError that says what the folder holds, unless it is a dense decoder with all its dimensions."""
+def dense_family(folder: Path) -> Family:
+    """The family of a dense decoder with all its dimensions.
+
+    Raises:
+        ValueError: the folder holds something else, or a variant that a Mono-InternVL cannot be; says what.
+    """
     path = folder / "config.json"
     values = read_json(path)
-    name = _architecture(values)
     kind = vision_kind(values)
-    allowed = ", ".join(DENSE_LAYOUTS)
     if kind:
-        raise ValueError(f"{folder} is {kind}; expand takes a dense language model ({allowed})")
-    if name not in DENSE_LAYOUTS:
-        raise ValueError(f"{path}: the architecture is {name}; expand takes {allowed}")
+        raise ValueError(f"{folder} is {kind}; expand takes a dense language model: {list_families()}")
+    family = family_of(values)
+    if family is None:
+        named = (values.get("architectures") or [values.get("model_type") or "not named"])[0]
+        raise ValueError(f"{path}: the architecture is {named}; expand takes {list_families()}")
     missing = [name for name in _REQUIRED if not isinstance(values.get(name), int)]
     for name in ("num_key_value_heads", "head_dim"):
         if values.get(name) is not None and not isinstance(values[name], int):
             missing.append(name)
     if missing:
         raise ValueError(f"{path}: {', '.join(missing)} must be given as whole numbers")
-    unsupported = [name for name in ("mlp_bias", "quantization_config") if values.get(name)]
-    if (values.get("qkv_bias", values.get("bias")) or False) != (values.get("bias") or False):
-        unsupported.append("qkv_bias without bias")
+    unsupported = ["quantization_config"] if values.get("quantization_config") else []
+    if _slides(values):
+        unsupported.append(f"sliding_window {values.get('sliding_window')}")
+    if values.get("partial_rotary_factor") not in (None, 1, 1.0):
+        unsupported.append(f"partial_rotary_factor {values['partial_rotary_factor']}")
     if (values.get("hidden_act") or "silu") not in ("silu", "swish"):
         unsupported.append(f"hidden_act {values['hidden_act']}")
     if unsupported:
         raise ValueError(f"{path}: {', '.join(unsupported)} is not supported")
+    return family
+
+
+def _slides(values: dict[str, Any]) -> bool:
+    """Whether a layer sees a window of the text only: said of each layer, or, in Qwen's older files, from one on."""
+    if values.get("layer_types"):
+        return any(kind != "full_attention" for kind in values["layer_types"])
+    first = values.get("max_window_layers", 28)
+    windowed = values.get("use_sliding_window") and values.get("sliding_window", 4096) is not None
+    return bool(windowed) and first < values["num_hidden_layers"]
 
 
 def _refuse_vision_tensors(source: Checkpoint) -> None:
@@ -186,37 +182,33 @@ def _refuse_vision_tensors(source: Checkpoint) -> None:
     if name:
         raise ValueError(
             f"{source.tensors[name].file} holds {name}: the vision tower of a modular InternVL, which Mono-InternVL "
-            f"does not have; expand takes a dense language model ({', '.join(DENSE_LAYOUTS)})"
+            f"does not have; expand takes a dense language model: {list_families()}"
         )
 
 
-def _architecture(values: dict[str, Any]) -> str:
-    """What the file names, or what its type means where it names none."""
-    kind = str(values.get("model_type") or "no architecture")
-    return (values.get("architectures") or [_BY_TYPE.get(kind, kind)])[0]
-
-
-def _read_dense(dense: Checkpoint, layout: str) -> dict[str, Any]:
-    """The source's configuration with what its architecture assumes where it says nothing or null."""
+def _read_dense(dense: Checkpoint, family: Family) -> dict[str, Any]:
+    """The source's configuration with what its family's code assumes where it says nothing or null."""
     values = {name: value for name, value in dense.config.items() if value is not None or name in _MAY_BE_NULL}
-    values = {**_ASSUMED, **_ASSUMED_BY.get(_architecture(dense.config), {}), **values}
+    values = {**ASSUMED, **family.assumed, **values}
     rope = values.get("rope_parameters")
     if isinstance(rope, dict) and rope:
         if rope.get("rope_theta") is None:
-            values["rope_parameters"] = {**rope, "rope_theta": values.get("rope_theta", _ASSUMED_THETA)}
-        values.pop("rope_theta", None)
+            values["rope_parameters"] = {**rope, "rope_theta": values["rope_theta"]}
+        values.pop("rope_theta")
         values.pop("rope_scaling", None)
     else:
         values.pop("rope_parameters", None)
-        values.setdefault("rope_theta", _ASSUMED_THETA)
     if values["num_key_value_heads"] is None:
         values["num_key_value_heads"] = values["num_attention_heads"]
     if values["hidden_act"] == "swish":
         values["hidden_act"] = "silu"
-    if not {"bias", "attention_bias"} & values.keys():
-        bias = recipe("model.language_model.layers.0.self_attn.o_proj.bias", layout)[1]
-        values["attention_bias"] = bias in dense.tensors
-    return values
+    biased = {}
+    for part, bias in _BIASES.items():
+        in_tensors = recipe(f"model.language_model.layers.0.{bias}", family.layout)[1] in dense.tensors
+        biased[part] = has_biases(family, part, dense.config, in_tensors)
+    values.pop("bias", None)
+    values["attention_bias"] = _ATTENTION_BIAS[biased["qkv"], biased["o"]]
+    return {**values, "mlp_bias": biased["mlp"], "qk_norm": family.qk_norm}
 
 
 def _expanded_config(
@@ -234,8 +226,7 @@ def _expanded_config(
         return MonoInternVLConfig(
             llm_config=values,  # type: ignore[call-arg]
             vision_config={"hidden_size": options["vision_hidden_size"], "image_size": options["tile_size"]},
-            image_token_id=extended.image_token_id,
-            stop_token_ids=extended.stop_token_ids,
+            **extended.control_ids,
             visual_attention_experts=options["visual_attention_experts"],
             dtype=dtype,
         )

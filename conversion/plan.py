@@ -5,7 +5,7 @@ Layouts (`weight_mapping_mono_internvl` has the names of the first two):
     native     ours
     official   OpenGVLab/Mono-InternVL-2B
     internlm2  the dense decoder: official names without `language_model.` and without V-experts, grouped `wqkv`
-    llama      the dense decoder as in InternLM3 and Llama: `model.` for `model.language_model.`
+    llama      the dense decoder as in Llama, InternLM3, Qwen2 and Qwen3: `model.` for `model.language_model.`
 """
 
 from __future__ import annotations

@@ -181,6 +181,7 @@ def test_llama_layout(tmp_path, architecture, tied, bias):
         max_position_embeddings=512,
         tie_word_embeddings=tied,
         attention_bias=bias,
+        mlp_bias=bias,
         attn_implementation="eager",
     )
     llama = LlamaForCausalLM(config).eval()
@@ -534,7 +535,7 @@ def test_llama_s_own_tokenizer_gives_a_warning_and_no_processor(tmp_path, caplog
         expand_checkpoint(folder, tmp_path / "out", **SMALL)
     (folder / "tokenizer.model").write_bytes(small_model(reserved=(), normalizer=b"\x20\x00"))
     expand_checkpoint(folder, tmp_path / "out", **SMALL)
-    assert "tokenizer.model lacks <|im_start|> and <|im_end|>" in caplog.text
+    assert "<|eot_id|>, or <|im_start|> and <|im_end|>, which the chat template needs" in caplog.text
     assert not (tmp_path / "out" / "tokenizer.json").exists()
     # With the tokens of a ChatML fine-tuning it is one of ours.
     (folder / "added_tokens.json").write_text(json.dumps({"<|im_start|>": 271, "<|im_end|>": 272}))
@@ -573,10 +574,22 @@ def test_tokenizers_that_do_not_fit(tmp_path):
     save_tokenizer(small_tokenizer(()), source)
     with pytest.raises(ValueError, match=r"tokenizer.json has 270 tokens, the model only 100 rows"):
         expand_checkpoint(source, tmp_path / "out", **SMALL)
-    source = write_dense(tmp_path / "some")
-    save_tokenizer(small_tokenizer(("<img>", "</img>")), source)
-    with pytest.raises(ValueError, match=r"tokenizer.json has some of <img>.*not as its last tokens"):
+    source = write_dense(tmp_path / "behind", vocab_size=270)
+    save_tokenizer(small_tokenizer(("<img>", "<mine>")), source)
+    with pytest.raises(ValueError, match=r"tokenizer.json has 272 tokens, the model only 270 rows, and '<mine>' is"):
         expand_checkpoint(source, tmp_path / "out", **SMALL)
+
+
+def test_tokens_of_ours_that_a_tokenizer_has_keep_their_ids(tmp_path):
+    source = write_dense(tmp_path / "some")
+    save_tokenizer(small_tokenizer(("<box>", "</img>", "<img>")), source)
+    expand_checkpoint(source, tmp_path / "out", **SMALL)
+    model, processor = AutoModel.from_pretrained(tmp_path / "out"), AutoProcessor.from_pretrained(tmp_path / "out")
+    assert processor.tokenizer.convert_tokens_to_ids(["<box>", "</img>", "<img>"]) == [270, 271, 272]
+    assert processor.image_token_ids == model.config.image_token_ids == [VOCABULARY, 272, 271]
+    assert len(processor.tokenizer) == model.config.text_config.vocab_size == VOCABULARY + 6
+    picture = np.zeros((60, 60, 3), dtype=np.uint8)
+    assert isinstance(model.float().chat(picture, "ab a", max_new_tokens=2), str)
 
 
 # ------------------------------------------------------------------------------------------------------------- convert
@@ -756,7 +769,7 @@ def test_tensors_that_do_not_fit(tmp_path):
 @pytest.mark.parametrize(
     ("config", "message"),
     [
-        ({"architectures": ["Qwen2ForCausalLM"]}, r"config.json: the architecture is Qwen2ForCausalLM; expand takes"),
+        ({"architectures": ["GPT2LMHeadModel"]}, r"config.json: the architecture is GPT2LMHeadModel; expand takes"),
         ({"num_key_value_heads": "absent"}, r"attention.wqkv.weight in .* is \[128, 64\], not \[192, 64\]"),
         ({"num_key_value_heads": "2"}, r"config.json: num_key_value_heads must be given as whole numbers"),
         ({"hidden_size": "absent"}, r"config.json: hidden_size must be given"),
