@@ -21,6 +21,7 @@ from transformers.generation.utils import GenerationMixin
 from transformers.utils import logging
 
 from .compat_mono_internvl import IN_FLOAT16, check_keywords, cpu_has_bfloat16_units
+from .configuration_checks_mono_internvl import context_length
 from .conversation_mono_internvl import History, conversation, grown_history
 from .image_processing_mono_internvl import flatten_pictures
 from .queries_mono_internvl import check_same_queries
@@ -316,8 +317,7 @@ class MonoInternVLChatMixin:
 
     def _check_length(self, prompt_length: int, options: Mapping[str, Any]) -> None:
         text = self.config.text_config  # type: ignore[attr-defined]
-        stretch = text.rope_parameters.get("factor", 1.0) if text.rope_parameters["rope_type"] == "dynamic" else 1.0
-        limit = int(text.max_position_embeddings * stretch)
+        limit = context_length(text)
         if prompt_length >= limit:
             raise ValueError(
                 f"the conversation has {prompt_length} tokens, more than this model's limit of {limit}; "

@@ -119,3 +119,14 @@ def check_rope(parameters: dict[str, Any]) -> str:
         if isinstance(value, bool) or not isinstance(value, (int, float)) or value <= 0:
             raise ValueError(f"text_config: rope type {kind} needs {name} as a positive number, not {value!r}")
     return kind
+
+
+def context_length(config: Any) -> int:
+    """Positions that a decoder reaches. Files say of `dynamic` and `linear`, and mostly of `yarn`, how many there are before
+    they are stretched, of the other types how many in the end."""
+    rope, length = config.rope_parameters, config.max_position_embeddings
+    if rope["rope_type"] in ("dynamic", "linear"):
+        return int(length * rope["factor"])
+    if rope["rope_type"] == "yarn":
+        return max(length, int(rope["original_max_position_embeddings"] * rope["factor"]))
+    return length

@@ -25,7 +25,7 @@ from .compat_mono_internvl import IN_FLOAT16, check_keywords
 from .configuration_mono_internvl import MonoInternVLTextConfig
 from .tiling_mono_internvl import TILE_OPTIONS
 from .video_mono_internvl import VIDEO_OPTIONS
-from .weight_mapping_mono_internvl import checkpoint_mapping
+from .weight_mapping_mono_internvl import beyond_official, checkpoint_mapping
 
 
 logger = logging.get_logger(__name__)
@@ -55,13 +55,11 @@ class SavingMixin:
         would skip every official key. `save_original_format=True` writes the official layout (v1 only).
 
         Raises:
-            ValueError: the official layout is asked for and the model has visual attention experts.
+            ValueError: the official layout is asked for and has no place for something; names it.
         """
-        experts = getattr(self.config, "visual_attention_experts", "none")
-        if save_original_format and experts != "none":
+        if save_original_format and (found := beyond_official(self.config)):
             raise ValueError(
-                f"the official layout has no place for visual attention experts ({experts}); "
-                "save with save_original_format=False"
+                f"the official layout has no place for {', '.join(found)}; save with save_original_format=False"
             )
         if save_original_format:
             # transformers would undo only what loading did, and a model loaded in our layout stays in it.

@@ -93,7 +93,7 @@ def absent_tokens(backend: Tokenizer, turns: Turns) -> list[str]:
 
 
 def turns_of(backend: Tokenizer, template: Collection[str]) -> Turns:
-    """How a chat template (its text, or its special tokens) marks turns; as the tokenizer can where that says nothing."""
+    """How a chat template (its text, or its special tokens) marks turns; else, as the tokenizer can."""
     able = [turns for turns in TURNS.values() if not absent_tokens(backend, turns)]
     return next((turns for turns in able if all(token in template for token in turns.needed)), able[0])
 

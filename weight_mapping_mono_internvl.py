@@ -22,6 +22,21 @@ from transformers.conversion_mapping import register_checkpoint_conversion_mappi
 from transformers.core_model_loading import ConversionOps, WeightConverter, WeightRenaming
 
 
+def additions(config) -> list[str]:  # type: ignore[no-untyped-def]
+    """What a configuration has that neither the released model nor 1.5 has, in words."""
+    text = config.get_text_config()
+    found = [f"attention_bias {text.attention_bias!r}"] if isinstance(text.attention_bias, str) else []
+    found += [name for name in ("mlp_bias", "qk_norm", "expert_gates") if getattr(text, name)]
+    queries = getattr(config, "num_learnable_queries", 0)
+    return [*found, f"{queries} learnable queries"] if queries else found
+
+
+def beyond_official(config) -> list[str]:  # type: ignore[no-untyped-def]
+    """What a configuration has that the official layout has no place for, in words."""
+    experts = config.get_text_config().visual_attention_experts
+    return [*([] if experts == "none" else [f"visual attention experts ({experts})"]), *additions(config)]
+
+
 def grouped_rows(heads: int, kv_heads: int, head_dim: int) -> int:
     """Rows of InternLM2's grouped `wqkv`."""
     return (heads + 2 * kv_heads) * head_dim

@@ -17,6 +17,7 @@ from ..image_processing_mono_internvl import MonoInternVLImageProcessor
 from ..processing_mono_internvl import MonoInternVLProcessor
 from ..processor_loading_mono_internvl import load_image_processor
 from ..tiling_mono_internvl import AUTO
+from ..weight_mapping_mono_internvl import beyond_official
 from .files import (
     copy_licences,
     make_tokenizer_config_portable,
@@ -181,16 +182,8 @@ def _copy_processor(folder: Path, target: Path, to: str) -> None:
 
 def _check_official_can_hold(config: MonoInternVLConfig, folder: Path) -> None:
     text = config.text_config
-    if config.visual_attention_experts != "none":
-        raise ValueError(
-            f"{folder} has visual attention experts ({config.visual_attention_experts}): the official layout has no "
-            "place for them, there is no official checkpoint of Mono-InternVL-1.5"
-        )
-    if config.num_learnable_queries or text.expert_gates:
-        raise ValueError(
-            f"{folder} has {config.num_learnable_queries} learnable queries and expert_gates={text.expert_gates}: the "
-            "official layout has no place for either"
-        )
+    if found := beyond_official(config):
+        raise ValueError(f"{folder} has {', '.join(found)}: the official layout has no place for it")
     kind = text.rope_parameters.get("rope_type", "default")
     if kind not in _OFFICIAL_ROPES:
         raise ValueError(
