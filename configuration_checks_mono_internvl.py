@@ -122,8 +122,8 @@ def check_rope(parameters: dict[str, Any]) -> str:
 
 
 def context_length(config: Any) -> int:
-    """Positions that a decoder reaches. Files say of `dynamic` and `linear`, and mostly of `yarn`, how many there are before
-    they are stretched, of the other types how many in the end."""
+    """Positions that a decoder reaches. Of `dynamic` and `linear`, and mostly of `yarn`, files say how many there are
+    before they are stretched, of the other types how many in the end."""
     rope, length = config.rope_parameters, config.max_position_embeddings
     if rope["rope_type"] in ("dynamic", "linear"):
         return int(length * rope["factor"])

@@ -1,4 +1,4 @@
-"""`mono-internvl expand SRC DST`: a dense InternLM2, InternLM3 or Llama becomes a Mono-InternVL."""
+"""`mono-internvl expand SRC DST`: a dense InternLM, Llama or Qwen becomes a Mono-InternVL."""
 
 from __future__ import annotations
 
@@ -50,7 +50,7 @@ def expand(
 ) -> None:
     """Make a Mono-InternVL of a dense language model: experts are copies, the visual embedding is new.
 
-    An interrupted run is gone on with by the same command.
+    SRC is an InternLM2, 2.5 or 3, a Llama, a Qwen2, 2.5 or 3. An interrupted run is gone on with by the same command.
     """
     check_publishing(push_to_hub, private, revision, dry_run)
     one_of(visual_attention_experts, VISUAL_ATTENTION_EXPERTS, "--visual-attention-experts")

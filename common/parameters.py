@@ -4,8 +4,8 @@ visual_embedding          patch and position embedding, and the MLP behind it
 visual_experts            FFN_v of every layer (paper 2410.08202, eq. 4)
 expert_gates              the gates of FFN_t and FFN_v (BREEN, arXiv 2503.12446)
 learnable_queries         the queries (BREEN)
-visual_attention_experts  the visual projections of attention (1.5)
-attention                 the language model's q, k, v and o projections
+visual_attention_experts  the visual projections of attention (1.5), and the norms of q and k behind them
+attention                 the language model's q, k, v and o projections, and the norms of q and k
 text                      everything else of the language model: FFN_t, norms, token embedding, output head
 """
 
@@ -35,7 +35,7 @@ PARTS = (
     Part(
         "visual attention experts",
         "visual_attention_experts",
-        ("visual_q_proj", "visual_k_proj", "visual_v_proj", "visual_o_proj"),
+        tuple(f"visual_{name}" for name in ("q_proj", "k_proj", "v_proj", "o_proj", "q_norm", "k_norm")),
     ),
     Part("expert gates", "expert_gates", ("output_gate",)),
     Part("learnable queries", "learnable_queries", ("learnable_queries",)),

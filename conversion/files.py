@@ -174,6 +174,6 @@ bfloat16 or float32 only: activations overflow in float16.
 ## Licences
 
 {licences} The code in this folder is MIT (mono-internvl); the architecture is that of Mono-InternVL
-(arXiv [2410.08202](https://arxiv.org/abs/2410.08202), [2507.12566](https://arxiv.org/abs/2507.12566)) and InternLM2
-(arXiv [2403.17297](https://arxiv.org/abs/2403.17297)).
+(arXiv [2410.08202](https://arxiv.org/abs/2410.08202), [2507.12566](https://arxiv.org/abs/2507.12566)) over its base's
+decoder.
 """

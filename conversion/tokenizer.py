@@ -307,7 +307,11 @@ def _special(name: str) -> AddedToken:
 
 
 def save_processor(extended: Extended, config: MonoInternVLConfig, folder: Path) -> None:
-    """Tokenizer, chat template and image processor of a new model, as transformers saves them."""
+    """Tokenizer, chat template and image processor of a new model, as transformers saves them.
+
+    Raises:
+        ValueError: the letters of a control token make that token, so that nobody could type it as text; named.
+    """
     tokenizer, names = extended.tokenizer, extended.roles
     assert tokenizer is not None
     special = [
@@ -323,8 +327,8 @@ def save_processor(extended: Extended, config: MonoInternVLConfig, folder: Path)
         clean_up_tokenization_spaces=False,
         model_max_length=config.text_config.max_position_embeddings,
     )
-    # Raises where the letters of a token of ours make that token.
-    for token in vocabulary_of(fast, extended.chat_template).fixed:
-        vocabulary_of(fast, extended.chat_template).encode(token)
+    vocabulary = vocabulary_of(fast, extended.chat_template)
+    for token in vocabulary.fixed:
+        vocabulary.encode(token)
     image_processor = MonoInternVLImageProcessor(tile_size=config.vision_config.image_size)
     MonoInternVLProcessor(image_processor, fast, extended.chat_template).save_pretrained(folder)

@@ -17,6 +17,7 @@ from conftest import ROOT, noise, tiny_config, tiny_model
 from helpers_cli import failure, run
 from helpers_families import BASES, OWN_TEMPLATES, ROPES, make_base, randomise
 from mono_internvl import MonoInternVLConfig, MonoInternVLForCausalLM, MonoInternVLProcessor
+from mono_internvl.common.parameters import group_of
 from mono_internvl.configuration_checks_mono_internvl import context_length
 from mono_internvl.conversion import convert_checkpoint, expand_checkpoint
 from mono_internvl.conversion.families import FAMILIES, TEMPLATES, family_of
@@ -149,7 +150,7 @@ def test_in_bfloat16_it_is_no_further_from_float32_than_transformers_own(tmp_pat
     dense = make_base(tmp_path / "base", name, vocabulary=120)
     expand_checkpoint(tmp_path / "base", tmp_path / "out", **SMALL)
     model = load(tmp_path / "out")
-    for seed in range(4):
+    for seed in range(16):
         randomise(dense, seed)
         dense.to(torch.bfloat16).float()
         ids = torch.randint(120, (4, 60), generator=torch.Generator().manual_seed(seed))
@@ -163,7 +164,7 @@ def test_in_bfloat16_it_is_no_further_from_float32_than_transformers_own(tmp_pat
         ours.append(distance(model, ids, reference))
         theirs.append(distance(dense, ids, reference))
         dense.float()
-    assert 0 < sum(ours) <= 1.02 * sum(theirs), (ours, theirs)
+    assert 0 < sum(ours) <= 1.01 * sum(theirs), (ours, theirs)
 
 
 @pytest.mark.parametrize("backend", ["eager", "sdpa"])
@@ -609,7 +610,8 @@ def test_tools_of_qwen(made, name, begin):
         "For each function call, return a json object with function name and arguments within <tool_call></tool_call> "
         'XML tags:\n<tool_call>\n{"name": <function-name>, "arguments": <args-json-object>}\n</tool_call><|im_end|>\n'
         f"<|im_start|>user\n1 + 1?<|im_end|>\n<|im_start|>assistant\nWell.\n{call}\n{call}<|im_end|>\n"
-        "<|im_start|>user\n<tool_response>\n2\n</tool_response>\n<tool_response>\n3 <|im_end|>\n</tool_response><|im_end|>\n"
+        "<|im_start|>user\n<tool_response>\n2\n</tool_response>\n"
+        "<tool_response>\n3 <|im_end|>\n</tool_response><|im_end|>\n"
         "<|im_start|>assistant\nTwo.<|im_end|>\n<|im_start|>assistant\n"
     )
     ids = processor.apply_chat_template(two, tools=[TOOL], add_generation_prompt=True, tokenize=True)[0]
@@ -771,6 +773,13 @@ def test_a_step_of_training(made, name, experts):
     text = {"input_ids": inputs["input_ids"][:, :0].new_tensor([[5, 6, 7, 8]])}
     model(**text, labels=text["input_ids"]).loss.backward()
     assert all(parameter.grad is not None for parameter in model.parameters())
+
+
+def test_whose_norms_and_biases_are(made):
+    """Those of the visual attention experts train with them, the others with attention."""
+    for key, _ in made("qwen3", "qkvo").model.named_parameters():
+        if "self_attn" in key:
+            assert group_of(key) == ("visual_attention_experts" if "visual_" in key else "attention"), key
 
 
 @pytest.mark.parametrize("name", BASES)
