@@ -43,6 +43,7 @@ setup(
     # The nano model travels with the package: `mono-internvl chat` works without a network.
     package_data={
         "mono_internvl": ["*.json", "*.jinja", "*.safetensors", "LICENSE", "NOTICE"],
+        "mono_internvl.conversion": ["templates/*.jinja"],
         "mono_internvl.training": ["recipes/*/*.yaml", "configs/*.yaml"],
     },
     install_requires=[

@@ -172,9 +172,8 @@ def _slides(values: dict[str, Any]) -> bool:
     """Whether a layer sees a window of the text only: said of each layer, or, in Qwen's older files, from one on."""
     if values.get("layer_types"):
         return any(kind != "full_attention" for kind in values["layer_types"])
-    first = values.get("max_window_layers", 28)
-    windowed = values.get("use_sliding_window") and values.get("sliding_window", 4096) is not None
-    return bool(windowed) and first < values["num_hidden_layers"]
+    windowed = values.get("use_sliding_window") and values.get("sliding_window", 0) is not None
+    return bool(windowed) and values.get("max_window_layers", 0) < values["num_hidden_layers"]
 
 
 def _refuse_vision_tensors(source: Checkpoint) -> None:
