@@ -58,10 +58,10 @@ from .compat_mono_internvl import (
     update_cache,
 )
 from .configuration_mono_internvl import MonoInternVLConfig, MonoInternVLTextConfig
-from .experts_mono_internvl import routed_feed_forward, routed_linears, routed_rows
+from .experts_mono_internvl import routed_feed_forward, routed_linears
 from .generation_mono_internvl import MonoInternVLGenerationMixin
 from .loading_mono_internvl import SavingMixin, StrictLoadingMixin, refuse_unknown
-from .norm_mono_internvl import MonoInternVLRMSNorm
+from .norm_mono_internvl import MonoInternVLRMSNorm, add_head_norms, normalise_heads
 from .output_head_mono_internvl import MonoInternVLOutputHead
 from .outputs_mono_internvl import MonoInternVLCausalLMOutputWithPast, MonoInternVLModelOutputWithPast
 from .prompt_mono_internvl import place_images
@@ -136,9 +136,7 @@ class MonoInternVLAttention(nn.Module):
             self.visual_v_proj = nn.Linear(config.hidden_size, kv_width, bias=qkv_bias)
         if self.has_visual_o:
             self.visual_o_proj = nn.Linear(width, config.hidden_size, bias=o_bias)
-        for expert in ("", "visual_") if self.has_visual_qkv else ("",):
-            for name in (f"{expert}q_norm", f"{expert}k_norm") if config.qk_norm else ():
-                setattr(self, name, MonoInternVLRMSNorm(self.head_dim, config.rms_norm_eps))
+        add_head_norms(self, config)
 
     def project(self, x: torch.Tensor, routing: RoutingPlan | None, queries: int | None) -> tuple[torch.Tensor, ...]:
         """[B, T, H] -> q, k, v [B, T, heads * D]; `queries`: only the last so many positions, all text, get a q."""
@@ -155,15 +153,6 @@ class MonoInternVLAttention(nn.Module):
             k, v = routed_linears(x, routing, pairs[:2], self.config.expert_kernel)
             q = self.q_proj(x[:, -queries:])
         return q, k, v
-
-    def normalise(self, x: torch.Tensor, which: str, routing: RoutingPlan | None) -> torch.Tensor:
-        """The queries ("q") or keys ("k") of each head, [B, T, heads, D], normalised where the base has such norms."""
-        if not self.config.qk_norm:
-            return x
-        norm = getattr(self, f"{which}_norm")
-        if routing is None or not self.has_visual_qkv:
-            return norm(x)
-        return routed_rows(x, routing, norm, getattr(self, f"visual_{which}_norm"))
 
     def forward(
         self,
@@ -186,8 +175,7 @@ class MonoInternVLAttention(nn.Module):
         attention_mask, queries = last_queries(self.config, attention_mask, keep, cache, samples)
         q, k, v = self.project(hidden_states, routing, queries)
         q, k, v = (x.view(*x.shape[:2], -1, self.head_dim) for x in (q, k, v))  # [B, T, heads, D]
-        k = self.normalise(k, "k", routing)
-        q = self.normalise(q, "q", routing if queries is None else None)
+        k, q = normalise_heads(self, k, "k", routing), normalise_heads(self, q, "q", None if queries else routing)
         cos, sin = position_embeddings
         k = rotate(k, cos, sin)
         q = rotate(q, cos, sin) if queries is None else rotate(q, cos[:, -queries:], sin[:, -queries:])
