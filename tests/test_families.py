@@ -24,6 +24,7 @@ from mono_internvl.conversion.families import FAMILIES, TEMPLATES, family_of
 from mono_internvl.conversion.source import Checkpoint
 from mono_internvl.conversion.verify import NativeView, embed, last_hidden_states
 from mono_internvl.experts_mono_internvl import kernel_refusal
+from mono_internvl.export.gguf_template import MEDIA_MARK, gguf_template
 from mono_internvl.serving.checkpoint import serving_config
 from mono_internvl.vocabulary_mono_internvl import TURNS
 
@@ -656,6 +657,18 @@ def test_names_and_parts(made, name):
         [{"role": "user", "content": [{"type": "image"}, {"type": "text", "text": "\nA"}]}]
     )
     assert "</img>\nA<|" in marked
+
+
+def test_contents_are_read_by_one_rule():
+    """A template stands alone, so the rule for a message's parts is written out in two files."""
+    ours, shared = ((ROOT / name).read_text() for name in ("chat_template.jinja", "conversion/templates/content.jinja"))
+    rule = shared.split("{%- macro text_of(message) -%}\n")[1].split("    {{- turn.text -}}")[0]
+    assert rule in ours and rule.count("part['type']") > 3
+    for template in TEMPLATES.values():
+        source = template.source({})
+        assert rule in source and source.count("part['type']") == rule.count("part['type']")
+        # What the export to GGUF puts marks and line breaks for pictures in place of.
+        assert MEDIA_MARK in gguf_template(source) and "__>" in gguf_template(source)
 
 
 # ------------------------------------------------------------------------------------------------ others' tokenizers
