@@ -17,9 +17,9 @@ from transformers import GenerationConfig
 from .. import __version__
 from ..configuration_mono_internvl import MonoInternVLConfig
 from ..conversion.convert import layout_of, read_config
-from ..conversion.files import has_tokenizer
 from ..conversion.plan import EMBEDDING
 from ..conversion.source import Checkpoint, find_source
+from ..conversion.tokenizer import has_tokenizer
 from ..conversion.writer import Progress, check_destination, expand_user, job_key, publish_folder, temporary_folder
 from ..processing_mono_internvl import MonoInternVLProcessor
 from ..tiling_mono_internvl import check_positive
@@ -123,7 +123,11 @@ def _write(
 
 def _check_fields(config: MonoInternVLConfig, folder: Path) -> None:
     """Refuse, by name, parts of a model that llama.cpp's graphs do not have."""
-    parts = {"num_learnable_queries": config.num_learnable_queries, "expert_gates": config.text_config.expert_gates}
+    text = config.text_config
+    parts: dict[str, Any] = {"num_learnable_queries": config.num_learnable_queries}
+    parts |= {name: getattr(text, name) for name in ("expert_gates", "qk_norm", "mlp_bias")}
+    if not isinstance(text.attention_bias, bool):
+        parts["attention_bias"] = text.attention_bias
     for name, value in parts.items():
         if value:
             raise ValueError(f"{folder}: llama.cpp has no place for {name}={value}")
