@@ -1,6 +1,7 @@
 """What engines and other formats are told of a configuration once, and what they have no place for."""
 
 from ..configuration_mono_internvl import MonoInternVLConfig
+from ..weight_mapping_mono_internvl import additions
 
 
 def stop_token_ids(config: MonoInternVLConfig) -> list[int]:
@@ -10,11 +11,11 @@ def stop_token_ids(config: MonoInternVLConfig) -> list[int]:
     return list(dict.fromkeys([*ends, *config.stop_token_ids]))
 
 
-def refuse_queries_and_gates(config: MonoInternVLConfig, where: str) -> None:
+def refuse_additions(config: MonoInternVLConfig, where: str) -> None:
     """
     Raises:
-        ValueError: the model has learnable queries or expert gates; `where` has neither.
+        ValueError: the model has parts that neither the released one nor 1.5 has; names them, and that `where` has no
+            place for them.
     """
-    queries, gates = config.num_learnable_queries, config.text_config.expert_gates
-    if queries or gates:
-        raise ValueError(f"{queries} learnable queries and expert_gates={gates}: {where} has no place for either")
+    if found := additions(config):
+        raise ValueError(f"{where} has no place for {', '.join(found)}: run this model with transformers")

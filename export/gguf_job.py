@@ -15,6 +15,7 @@ from huggingface_hub.repocard import metadata_load
 from transformers import GenerationConfig
 
 from .. import __version__
+from ..common.engines import refuse_additions
 from ..configuration_mono_internvl import MonoInternVLConfig
 from ..conversion.convert import layout_of, read_config
 from ..conversion.plan import EMBEDDING
@@ -51,7 +52,7 @@ def export(
     check_destination(destination)
     folder, origin = find_source(source)
     config = read_config(folder, image_token_id, "export")
-    _check_fields(config, folder)
+    refuse_additions(config, f"{folder}: llama.cpp")
     with Checkpoint(folder) as given:
         weights = Weights(given, layout_of(given), config)
         if kind == "auto":
@@ -119,18 +120,6 @@ def _write(
 
 
 # ----------------------------------------------------------------------------------------------------- what can be held
-
-
-def _check_fields(config: MonoInternVLConfig, folder: Path) -> None:
-    """Refuse, by name, parts of a model that llama.cpp's graphs do not have."""
-    text = config.text_config
-    parts: dict[str, Any] = {"num_learnable_queries": config.num_learnable_queries}
-    parts |= {name: getattr(text, name) for name in ("expert_gates", "qk_norm", "mlp_bias")}
-    if not isinstance(text.attention_bias, bool):
-        parts["attention_bias"] = text.attention_bias
-    for name, value in parts.items():
-        if value:
-            raise ValueError(f"{folder}: llama.cpp has no place for {name}={value}")
 
 
 def _check_can_hold(config: MonoInternVLConfig, folder: Path, kind: str, repaired_cogvlm: bool) -> None:

@@ -16,15 +16,16 @@ import torch
 from transformers import PreTrainedConfig
 
 from .. import __version__
-from ..common.engines import refuse_queries_and_gates, stop_token_ids
+from ..common.engines import refuse_additions, stop_token_ids
 from ..common.files import read_json, write_json
 from ..compat_mono_internvl import IN_FLOAT16
 from ..configuration_checks_mono_internvl import fields_of
 from ..configuration_mono_internvl import MonoInternVLConfig
 from ..conversion.convert import layout_of, read_config
-from ..conversion.files import copy_licences, has_tokenizer
+from ..conversion.files import copy_licences
 from ..conversion.plan import HEAD, Plan, plan_native
 from ..conversion.source import Checkpoint, find_source
+from ..conversion.tokenizer import has_tokenizer
 from ..conversion.writer import (
     Progress,
     check_destination,
@@ -91,7 +92,7 @@ def export_mlx(
     config = read_config(folder, image_token_id, "export")
     if config.text_config.hidden_act != "silu":
         raise ValueError(f"{folder}: hidden_act={config.text_config.hidden_act!r}, and the MLX code has silu alone")
-    refuse_queries_and_gates(config, "the MLX code")
+    refuse_additions(config, "the MLX code")
     if not has_tokenizer(folder):
         raise ValueError(f"{folder} has no tokenizer, without which mlx-vlm cannot use it")
     with Checkpoint(folder) as given:

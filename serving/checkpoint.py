@@ -10,9 +10,9 @@ from typing import Any
 
 import torch
 
-from ..common.engines import refuse_queries_and_gates, stop_token_ids
+from ..common.engines import refuse_additions, stop_token_ids
 from ..configuration_mono_internvl import MonoInternVLConfig
-from ..weight_mapping_mono_internvl import RENAMINGS, additions, split_grouped_qkv
+from ..weight_mapping_mono_internvl import RENAMINGS, split_grouped_qkv
 
 
 ARCHITECTURE = "MonoInternVLForCausalLM"
@@ -37,16 +37,15 @@ def serving_config(config: dict[str, Any]) -> MonoInternVLConfig:
     follow a base that grows with each, so the context ends there.
 
     Raises:
-        ValueError: it has what the engine's model has not: learnable queries, expert gates, norms of another base; named.
+        ValueError: it has what the engine's model has not, such as norms of another base; named.
     """
     served = MonoInternVLConfig.from_dict({**config, "model_type": MonoInternVLConfig.model_type})
-    refuse_queries_and_gates(served, "the vLLM plugin")
+    refuse_additions(served, "the vLLM plugin")
     served.architectures = [ARCHITECTURE]
     text = served.text_config
     kind = text.rope_parameters["rope_type"]
-    lacking = additions(served) + ([] if kind in ("default", "dynamic") else [f"the rope type {kind}"])
-    if lacking:
-        raise ValueError(f"the engine's model has no {', '.join(lacking)}: run this one with transformers")
+    if kind not in ("default", "dynamic"):
+        raise ValueError(f"the vLLM plugin has no place for the rope type {kind}: run this model with transformers")
     text.rope_parameters = {"rope_type": "default", "rope_theta": text.rope_parameters["rope_theta"]}
     served.eos_token_id = stop_token_ids(served)
     return served

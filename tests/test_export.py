@@ -569,7 +569,7 @@ def test_what_llama_cpp_has_no_place_for_is_refused_by_name(make, tmp_path, name
     else:
         config |= {name: 4, "query_token_id": 5}
     (source / "config.json").write_text(json.dumps(config), encoding="utf-8")
-    with pytest.raises(ValueError, match=f"llama.cpp has no place for {name}=(4|True)"):
+    with pytest.raises(ValueError, match="llama.cpp has no place for (4 learnable queries|expert_gates)"):
         export_gguf(source, tmp_path / "out")
     assert not (tmp_path / "out").exists()
 
