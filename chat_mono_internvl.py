@@ -235,9 +235,10 @@ class MonoInternVLChatMixin:
     def _with_tokens(self, options: dict[str, Any], processor: Any) -> dict[str, Any]:
         """The options with the ids that end an answer and fill up, and the tokenizer that stop strings need."""
         own = self.generation_config  # type: ignore[attr-defined]
-        stops = own.eos_token_id if isinstance(own.eos_token_id, list) else [own.eos_token_id]
-        stops = list(dict.fromkeys([*processor.stop_token_ids, *(token for token in stops if token is not None)]))
-        tokens = {"eos_token_id": stops, "pad_token_id": processor.tokenizer.pad_token_id}
+        tokens = {
+            "eos_token_id": self.answer_ends(processor),  # type: ignore[attr-defined]
+            "pad_token_id": processor.tokenizer.pad_token_id,
+        }
         config = options.get("generation_config")
         if config is None:
             options = {**tokens, **options}

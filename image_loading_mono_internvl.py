@@ -51,6 +51,7 @@ logger = logging.getLogger(__name__)
 
 _FETCH_TIMEOUT_SECONDS = 30.0
 _MAX_DOWNLOAD_BYTES = 256 * 2**20
+FETCH_HEADERS = {"User-Agent": "mono-internvl"}  # some servers refuse the library's default one
 
 
 def load_image(
@@ -211,14 +212,14 @@ def located(source: "str | os.PathLike[str]", what: str = "picture") -> "tuple[P
     found = _SCHEME.match(text.lstrip())
     scheme = found.group().lower() if found else ""
     if scheme == "data:":
-        return _read_data_uri(text, what), f"{what} given as data: URI"
+        return read_data_uri(text, what), f"{what} given as data: URI"
     if scheme and text.strip()[len(scheme) :].startswith("//"):
         if scheme in ("http:", "https:"):
             return _fetch(text.strip(), what), printable(text)
         if scheme != "file:":
             raise ValueError(f"{printable(text)} cannot be fetched: only http, https, file and data: URLs are read")
     if scheme == "file:" and text.strip()[len(scheme) :].startswith("/"):
-        return _checked_path(_file_url_path(text.strip()), text, what)
+        return _checked_path(file_url_path(text.strip()), text, what)
     if (len(text) < _LONGEST_PATH and _exists(text)) or what != "picture":
         return _checked_path(Path(text), text, what)
     data = base64_picture(text)
@@ -238,7 +239,12 @@ def _exists(path: str) -> bool:
         return False
 
 
-def _file_url_path(url: str) -> Path:
+def file_url_path(url: str) -> Path:
+    """The path in a `file:` URL of this machine.
+
+    Raises:
+        ValueError: it names another host.
+    """
     host, slash, rest = url[5:].removeprefix("//").partition("/") if url[5:].startswith("//") else ("", "/", url[6:])
     if host.lower() not in ("", "localhost") or not slash:
         raise ValueError(f"{printable(url)} names the host {host!r}: a file of this machine is file:///path/to/it")
@@ -248,7 +254,12 @@ def _file_url_path(url: str) -> Path:
     return Path(path[1:] if os.name == "nt" else path)
 
 
-def _read_data_uri(uri: str, what: str) -> bytes:
+def read_data_uri(uri: str, what: str) -> bytes:
+    """The bytes in a `data:` URI; `what` says what they should be.
+
+    Raises:
+        ValueError: no comma, or no valid base64.
+    """
     head, comma, payload = uri.strip().partition(",")
     if not comma:
         raise ValueError(f"{what} given as data: URI has no comma before its data: {printable(uri[:40])}...")
@@ -383,7 +394,7 @@ def _fetch(url: str, what: str) -> bytes:
             url,
             timeout=_FETCH_TIMEOUT_SECONDS,
             follow_redirects=True,
-            headers={"User-Agent": "mono-internvl"},  # some servers refuse the library's default one
+            headers=FETCH_HEADERS,
         ) as response:
             response.raise_for_status()
             for chunk in response.iter_bytes():

@@ -22,6 +22,7 @@ FOLDERS = (
 )
 TRAIN = ["accelerate", "peft", "datasets", "tensorboard", "pyyaml"]
 EVAL = ["matplotlib"]
+SERVE = ["fastapi>=0.115", "uvicorn>=0.30", "httpx"]
 # Decodes video files; without it a list of frames is read.
 VIDEO = ["av>=14.1"]
 GGUF = ["gguf>=0.17.1"]
@@ -62,8 +63,9 @@ setup(
         "train": TRAIN,
         "flash": ["flash-attn"],
         "kernel": KERNEL,
+        "serve": SERVE,
         # In an environment of its own, with serving/constraints.txt.
-        "serve": ["vllm"],
+        "vllm": ["vllm"],
         "demo": ["gradio>=6"],
         "video": VIDEO,
         "quant": ["torchao", "bitsandbytes"],
@@ -72,7 +74,7 @@ setup(
         "gguf": GGUF,
         # The fonts that the bundled model learnt its digits from.
         "nano": [*TRAIN, *EVAL, *FONTS],
-        "dev": [*TRAIN, *EVAL, *GGUF, *KERNEL, *VIDEO, "trl", "pytest", "ruff", "mypy"],
+        "dev": [*TRAIN, *EVAL, *GGUF, *KERNEL, *SERVE, *VIDEO, "openai", "trl", "pytest", "ruff", "mypy"],
     },
     entry_points={
         "console_scripts": ["mono-internvl = mono_internvl_cli:main"],

@@ -24,6 +24,7 @@ from .expand import expand
 from .export import export
 from .inspect import inspect
 from .merge import merge
+from .serve import serve
 from .tiles import tiles
 from .tokenizer import tokenizer
 from .train import train
@@ -62,7 +63,7 @@ def options(
     set_debug(debug)
 
 
-for _command in (chat, demo, tiles, attention, inspect, tokenizer, evaluate, expand, convert, merge, benchmark):
+for _command in (chat, demo, serve, tiles, attention, inspect, tokenizer, evaluate, expand, convert, merge, benchmark):
     app.command()(_command)
 app.add_typer(export, name="export")
 # A recipe's keys are options too; `train` reads them itself.

@@ -1,0 +1,251 @@
+"""The body of a chat completion -> what `chat` is asked. Whatever would have no effect is refused, by its name.
+
+`ChatRequest` says which fields there are; `read_question` checks the conversation and brings its pictures.
+"""
+
+import asyncio
+import io
+from collections.abc import Mapping, Sequence
+from typing import Annotated, Any
+
+from pydantic import BaseModel, ConfigDict, Field, model_validator
+
+from ..compat_mono_internvl import check_keywords
+from ..image_files_mono_internvl import open_picture
+from ..image_pixels_mono_internvl import check_size
+from ..modeling_mono_internvl import MonoInternVLForCausalLM
+from ..processing_mono_internvl import MonoInternVLProcessor
+from ..prompt_mono_internvl import read_messages
+from .answer_line import Question
+from .picture_sources import PictureSources
+
+
+# All pictures of a request have so long to arrive.
+_FETCH_SECONDS = 60.0
+# What OpenAI's API knows and this server does not do, with the values that ask for nothing. null is always one.
+_ASKS_FOR_NOTHING: dict[str, tuple[Any, ...]] = {
+    "n": (1,),
+    "logprobs": (False,),
+    "top_logprobs": (0,),
+    "presence_penalty": (0,),
+    "frequency_penalty": (0,),
+    "logit_bias": ({},),
+    "response_format": ({"type": "text"},),
+    "tools": ([],),
+    "tool_choice": ("none", "auto"),
+    "parallel_tool_calls": (True, False),
+    "functions": ([],),
+    "function_call": ("none", "auto"),
+    "modalities": (["text"],),
+    "store": (False,),
+    "reasoning_effort": ("none",),
+    "audio": (),
+    "prediction": (),
+    "verbosity": (),
+    "web_search_options": (),
+}
+_DETAILS = ("auto", "high", "low")
+
+Stop = Annotated[str, Field(min_length=1, max_length=1000)]
+
+
+class _Body(BaseModel):
+    model_config = ConfigDict(extra="forbid", strict=True)
+
+    @model_validator(mode="before")
+    @classmethod
+    def _only_what_is_read(cls, data: Any) -> Any:
+        if not isinstance(data, Mapping):
+            return data
+        left = {name: value for name, value in data.items() if value is not None}
+        for name, nothing in _ASKS_FOR_NOTHING.items():
+            if name in left and name not in cls.model_fields and left.pop(name) not in nothing:
+                allowed = " or ".join(["null", *map(repr, nothing)])
+                raise ValueError(f"{name} is not supported by this server; leave it out (allowed is {allowed})")
+        try:
+            check_keywords("the request", left, cls.model_fields)
+        except TypeError as error:
+            raise ValueError(str(error)) from error
+        return left
+
+
+class StreamOptions(_Body):
+    """How an answer is streamed."""
+
+    include_usage: bool = False
+
+
+class ChatRequest(_Body):
+    """A chat completion, as OpenAI's API writes it.
+
+    Sampling is asked for by a temperature above 0 or a top_p below 1; otherwise the likeliest tokens are taken.
+    `skip_special_tokens: false` keeps `<ref>` and `<box>`, as in vLLM.
+    """
+
+    messages: Annotated[list[dict[str, Any]], Field(min_length=1)]
+    model: str | None = None
+    max_tokens: Annotated[int | None, Field(ge=1)] = None
+    max_completion_tokens: Annotated[int | None, Field(ge=1)] = None
+    temperature: Annotated[float | None, Field(ge=0, le=2, allow_inf_nan=False)] = None
+    top_p: Annotated[float | None, Field(ge=0, le=1, allow_inf_nan=False)] = None
+    seed: Annotated[int | None, Field(ge=-(2**63), lt=2**63)] = None
+    stop: Stop | Annotated[list[Stop], Field(max_length=16)] | None = None
+    stream: bool = False
+    stream_options: StreamOptions | None = None
+    skip_special_tokens: bool = True
+    # For the caller's books; they say nothing about the answer.
+    user: str | None = None
+    metadata: dict[str, Any] | None = None
+    safety_identifier: str | None = None
+    prompt_cache_key: str | None = None
+    service_tier: str | None = None
+
+    @model_validator(mode="after")
+    def _agrees(self) -> "ChatRequest":
+        if self.max_tokens and self.max_completion_tokens and self.max_tokens != self.max_completion_tokens:
+            raise ValueError("max_tokens and max_completion_tokens say the same and differ; give one of them")
+        if self.stream_options is not None and not self.stream:
+            raise ValueError("stream_options are of streamed answers; set stream to true or leave them out")
+        return self
+
+    @property
+    def stops(self) -> tuple[str, ...]:
+        """The texts before which the answer ends."""
+        return (self.stop,) if isinstance(self.stop, str) else tuple(self.stop or ())
+
+    @property
+    def generation(self) -> dict[str, Any]:
+        """What `chat` is told of generation."""
+        longest = self.max_completion_tokens or self.max_tokens
+        options: dict[str, Any] = {"keep_grounding_tags": not self.skip_special_tokens}
+        if longest is not None:
+            options["max_new_tokens"] = longest
+        if self.temperature == 0:
+            return options
+        if self.temperature is not None:
+            options["temperature"] = self.temperature
+        # Clients send a top_p of 1 along, which leaves nothing out and asks for nothing.
+        if self.top_p is not None and (self.top_p < 1 or self.temperature is not None):
+            options["top_p"] = self.top_p
+        return options
+
+
+async def read_question(
+    request: ChatRequest,
+    model: MonoInternVLForCausalLM,
+    processor: MonoInternVLProcessor,
+    sources: PictureSources,
+    *,
+    max_tiles: int | None,
+    max_pixels: int,
+) -> Question:
+    """The question of a request, its pictures fetched and their sizes known, not decoded.
+
+    Args:
+        max_tiles: most tiles of the pictures; None: the model's.
+        max_pixels: of all pictures of the request together, so that it cannot fill the memory.
+
+    Raises:
+        ValueError: what is wrong with the conversation or a picture, with its place.
+        OSError: a picture that cannot be fetched.
+    """
+    for number, message in enumerate(request.messages, start=1):
+        _check_text(message, f"message {number}")
+    messages = read_messages(request.messages)
+    if messages[-1]["role"] != "user":
+        raise ValueError(f"the last message is the {messages[-1]['role']}'s; an answer is given to a user's")
+    places = _picture_places(messages)
+    one_tile = _wants_one_tile(request.messages, places)
+    least = len(places) * processor.tokens_per_tile
+    if least >= model.context_limit:
+        raise ValueError(
+            f"{len(places)} pictures are at least {least} tokens, more than this model's limit of {model.context_limit}"
+        )
+    try:
+        pictures = await asyncio.wait_for(_read(messages, places, sources), _FETCH_SECONDS)
+    except asyncio.TimeoutError as error:
+        raise ConnectionError(f"the pictures did not arrive within {_FETCH_SECONDS:.0f} s") from error
+    await asyncio.to_thread(_check_pixels, places, pictures, max_pixels)
+    # Only bytes are handed on: `chat` would read a path.
+    for (number, place, _), data in zip(places, pictures, strict=True):
+        messages[number]["content"][place] = {"type": "image", "image": data}
+    options = {**request.generation, "max_pixels": max_pixels}
+    if one_tile:
+        options |= {"max_tiles": 1, "min_tiles": 1}
+    elif max_tiles is not None:
+        options["max_tiles"] = max_tiles
+    last = messages[-1]["content"]
+    parts = [{"type": "text", "text": last}] if isinstance(last, str) else last
+    return Question(parts, messages[:-1], options, request.stops, request.seed)
+
+
+def _picture_places(messages: Sequence[Mapping[str, Any]]) -> list[tuple[int, int, str]]:
+    """Which part of which message is a picture, and how to say so."""
+    return [
+        (number, place, f"message {number + 1} ({message['role']}), part {place + 1}")
+        for number, message in enumerate(messages)
+        if not isinstance(message["content"], str)
+        for place, part in enumerate(message["content"])
+        if part["type"] == "image"
+    ]
+
+
+async def _read(
+    messages: Sequence[Mapping[str, Any]], places: Sequence[tuple[int, int, str]], sources: PictureSources
+) -> list[bytes]:
+    read, left = [], sources.max_bytes
+    for number, place, where in places:
+        data = await sources.read(messages[number]["content"][place].get("image"), where)
+        left -= len(data)
+        if left < 0:
+            limit = f"the {sources.max_bytes:,} bytes that a request may have (--max-body)"
+            raise ValueError(f"{where}: up to here the pictures have more than {limit}")
+        read.append(data)
+    return read
+
+
+def _check_pixels(places: Sequence[tuple[int, int, str]], pictures: Sequence[bytes], max_pixels: int) -> None:
+    """Each picture is one, and all of them fit; their files say how large they are."""
+    total = 0
+    for (_, _, where), data in zip(places, pictures, strict=True):
+        with open_picture(io.BytesIO(data), f"{where}: the picture") as image:
+            check_size(image.size, f"{where}: the picture", max_pixels)
+            total += image.width * image.height
+        if total > max_pixels:
+            limit = f"the {max_pixels:,} that a request may have (--max-pixels)"
+            raise ValueError(f"{where}: up to here the pictures have {total:,} pixels, more than {limit}")
+
+
+def _wants_one_tile(given: Sequence[Mapping[str, Any]], places: Sequence[tuple[int, int, str]]) -> bool:
+    """Whether the pictures are asked for in low detail, which is one tile each.
+
+    Raises:
+        ValueError: a detail that is not known, or several: a request's pictures share their tiles.
+    """
+    low = []
+    for number, place, where in places:
+        part = given[number]["content"][place]
+        link = part.get("image_url")
+        detail = (link.get("detail") if isinstance(link, Mapping) else None) or part.get("detail") or "auto"
+        if detail not in _DETAILS:
+            raise ValueError(f"{where}: detail {detail!r} is not known; allowed are {', '.join(_DETAILS)}")
+        low.append(detail == "low")
+    if any(low) and not all(low):
+        raise ValueError("all pictures of a request share their tiles: give each the detail low, or none of them")
+    return bool(low) and all(low)
+
+
+def _check_text(value: Any, where: str) -> None:
+    """JSON can write half of a character, which no text holds."""
+    if isinstance(value, str):
+        try:
+            value.encode("utf-8")
+        except UnicodeEncodeError as error:
+            raise ValueError(f"{where}: half of a surrogate pair at character {error.start} is no text") from error
+    elif isinstance(value, Mapping):
+        for key, inner in value.items():
+            _check_text(key, where)
+            _check_text(inner, where)
+    elif isinstance(value, list):
+        for inner in value:
+            _check_text(inner, where)
