@@ -45,8 +45,8 @@ class RequestGuard:
 
     Args:
         max_bytes: of a body.
-        names: the names of the machine that a request may be sent to; None: any. A web page of a stranger whose name
-            was made to resolve to this machine would otherwise be of the same origin as a server that listens here only.
+        names: the names of the machine that a request may be sent to; None: any. A page of a stranger whose name was
+            made to resolve to this machine would otherwise be of one origin with a server that listens here only.
     """
 
     def __init__(self, app: Any, *, max_bytes: int, names: frozenset[str] | None):
@@ -85,17 +85,19 @@ class RequestGuard:
             raise Refused(408, f"the body did not arrive within {_BODY_SECONDS:.0f} s") from error
 
     async def _read(self, receive: Receive) -> bytes:
-        chunks, size, more = [], 0, True
+        body, size, more = bytearray(), 0, True
         while more and size <= self.max_bytes * _TIMES_READ_ON:
             message = await receive()
             if message["type"] == "http.disconnect":
                 raise Refused(400, "the client left before its request had come")
-            chunk = message.get("body", b"")
-            size, more = size + len(chunk), message.get("more_body", False)
-            chunks = [*chunks, chunk] if size <= self.max_bytes else []
+            size, more = size + len(message.get("body", b"")), message.get("more_body", False)
+            if size <= self.max_bytes:
+                body += message.get("body", b"")
+            else:
+                body.clear()
         if size > self.max_bytes:
             raise Refused(413, f"the body has more than the {self.max_bytes:,} bytes that one may have (--max-body)")
-        return b"".join(chunks)
+        return bytes(body)
 
 
 def _replayed(body: bytes, receive: Receive) -> Receive:

@@ -1,0 +1,232 @@
+"""Does `mono-internvl serve` answer as `chat` does? Starts the command with the bundled nano and asks it over HTTP.
+
+    python -m mono_internvl.serving.check_server           # the table, one to two minutes on two CPU cores
+
+It needs the extra `[serve]` and OpenAI's client (`pip install openai`). A line each: what was asked, how many answers
+are equal to `chat`'s, and the seconds. "Differ" is how many of the same answers a model gives otherwise whose visual
+tokens go through the text experts: a check that could not tell the two apart would prove nothing.
+"""
+
+import contextlib
+import importlib.metadata
+import json
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
+
+import typer
+from PIL import Image
+
+from ..common.models import BUNDLED_MODEL, load_model
+from ..plates.drawing import draw_plate
+from ..plates.layout import sample_plate
+from .check_vllm import Request, mixed_requests, require, without_visual_experts
+
+
+AT_ONCE = 32
+NEW_TOKENS = 48
+VERSIONS = ("transformers", "torch", "fastapi", "uvicorn", "openai")
+
+
+def plates(count: int) -> list[Image.Image]:
+    """Pictures of the nano's world, each with shapes of its own."""
+    draws = [random.Random(number) for number in range(count)]
+    return [draw_plate(sample_plate(draw, with_number=0.0), draw, damage=False) for draw in draws]
+
+
+def picture_requests(count: int) -> list[Request]:
+    """One picture each."""
+    ask = ("Describe the image.", "What shape is in the image?", "What color is it?")
+    return [Request(f"plate {i}").turn(ask[i % 3 if i % 4 == 3 else 0], plate) for i, plate in enumerate(plates(count))]
+
+
+def text(words: str) -> list[dict[str, str]]:
+    """A conversation of one question without pictures."""
+    return [{"role": "user", "content": words}]
+
+
+@contextlib.contextmanager
+def command(*options: str) -> Iterator[tuple[subprocess.Popen, str]]:
+    """`mono-internvl serve` in a process of its own; yields it and its address, up to `/v1`."""
+    words = [sys.executable, "-m", "mono_internvl", "serve", "--port", "0", "--device", "cpu", "--dtype", "float32"]
+    process = subprocess.Popen([*words, *options], stderr=subprocess.PIPE, text=True)
+    try:
+        assert process.stderr is not None
+        said = process.stderr.readline()
+        require(" at http://" in said, f"the server did not start: {said}")
+        yield process, said.split()[2]
+    finally:
+        process.kill()
+        process.wait()
+
+
+class Asked:
+    """One server and what it was asked, through OpenAI's client."""
+
+    def __init__(self, address: str):
+        import httpx
+        import openai
+
+        self.client = openai.OpenAI(base_url=address, api_key="none", max_retries=0, timeout=600)
+        self.name = self.client.models.list().data[0].id
+        self._health = lambda: httpx.get(address.replace("/v1", "/health"), timeout=30).json()
+
+    def create(self, messages: Any, **options: Any) -> Any:
+        return self.client.chat.completions.create(
+            model=self.name, messages=messages, **{"max_tokens": NEW_TOKENS, **options}
+        )
+
+    def whole(self, request: Request) -> str:
+        return self.create(request.for_http()).choices[0].message.content
+
+    def streamed(self, request: Request) -> str:
+        chunks = list(self.create(request.for_http(), stream=True))
+        require(len(chunks) > 2 and chunks[-1].choices[0].finish_reason is not None, f"{request.name}: no end")
+        return "".join(chunk.choices[0].delta.content or "" for chunk in chunks)
+
+    def open_requests(self) -> int:
+        return self._health()["open"]
+
+    def wait_until_open(self, count: int, seconds: float) -> float:
+        start = time.monotonic()
+        while (found := self.open_requests()) != count:
+            require(time.monotonic() - start < seconds, f"{found} requests are open after {seconds} s, not {count}")
+            time.sleep(0.01)
+        return time.monotonic() - start
+
+
+class Reference:
+    """What `chat` answers in this process, with and without visual experts."""
+
+    def __init__(self) -> None:
+        self.model, self.processor = load_model(str(BUNDLED_MODEL), device="cpu", dtype="float32")
+        self.blind = without_visual_experts(self.model)
+
+    def answers(self, requests: Sequence[Request], *, visual_experts: bool = True) -> list[str]:
+        model = self.model if visual_experts else self.blind
+        found = []
+        for request in requests:
+            *history, last = request.messages
+            options: dict[str, Any] = {"history": history, "processor": self.processor, "max_new_tokens": NEW_TOKENS}
+            found.append(model.chat(None, last["content"], **options))
+        return found  # type: ignore[return-value]
+
+
+def compare(what: str, requests: Sequence[Request], ask: Callable[[], list[str]], reference: Reference) -> None:
+    """One line of the table.
+
+    Raises:
+        CheckFailed: answers differ from `chat`'s, or too many are the same without visual experts.
+    """
+    expected = reference.answers(requests)
+    with_pictures = [i for i, request in enumerate(requests) if request.pictures]
+    blind = reference.answers([requests[i] for i in with_pictures], visual_experts=False)
+    differ = sum(expected[i] != other for i, other in zip(with_pictures, blind, strict=True))
+    start = time.monotonic()
+    found = ask()
+    seconds = time.monotonic() - start
+    off = [request.name for request, a, b in zip(requests, found, expected, strict=True) if a != b]
+    require(not off, f"{what}: {len(off)} of {len(requests)} differ from chat: {', '.join(off)}")
+    require(2 * differ > len(with_pictures), f"{what}: visual experts decide only {differ} of the answers")
+    row(what, f"{len(requests)} of {len(requests)}", f"{differ} of {len(with_pictures)}", seconds)
+
+
+def row(what: str, equal: str, differ: str, seconds: float) -> None:
+    typer.echo(f"| {what} | {equal} | {differ} | {seconds:.1f} |")
+
+
+def check_answers(asked: Asked, reference: Reference) -> None:
+    mixed, pictures = mixed_requests(), picture_requests(AT_ONCE)
+    compare("mixed requests, whole", mixed, lambda: [asked.whole(request) for request in mixed], reference)
+    compare("mixed requests, streamed", mixed, lambda: [asked.streamed(request) for request in mixed], reference)
+    for what, ask in (("whole", asked.whole), ("streamed", asked.streamed)):
+
+        def at_once(ask: Callable[[Request], str] = ask) -> list[str]:
+            with ThreadPoolExecutor(AT_ONCE) as pool:
+                return list(pool.map(ask, pictures))
+
+        compare(f"{AT_ONCE} picture requests at once, {what}", pictures, at_once, reference)
+
+
+def check_seeds(asked: Asked) -> None:
+    """Sampled answers with a seed are the same alone and in a crowd."""
+
+    def sampled(seed: int) -> str:
+        return asked.create(text("Describe a red circle."), temperature=2, seed=seed).choices[0].message.content
+
+    seeds = range(16)
+    start = time.monotonic()
+    alone = [sampled(seed) for seed in seeds]
+    with ThreadPoolExecutor(len(seeds)) as pool:
+        together = list(pool.map(sampled, seeds))
+    equal = sum(a == b for a, b in zip(alone, together, strict=True))
+    require(equal == len(seeds), f"{equal} of {len(seeds)} seeded answers are the same alone and at once")
+    require(len(set(alone)) > 8, "seeds decide nothing")
+    row("seeded answers, alone and at once", f"{equal} of {len(seeds)}", "", time.monotonic() - start)
+
+
+def check_leaving(asked: Asked) -> None:
+    """Clients that leave, in a stream and before an answer, free their places."""
+    import openai
+
+    story = text("Describe the image. " * 700)
+    start = time.monotonic()
+    impatient = asked.client.with_options(timeout=0.3)
+    with ThreadPoolExecutor(AT_ONCE) as pool:
+
+        def leave(number: int) -> None:
+            with contextlib.suppress(openai.APITimeoutError):
+                stream: Any = impatient.chat.completions.create(
+                    model=asked.name, messages=story, stream=number % 2 == 0, max_tokens=2000
+                )
+                if number % 2 == 0:
+                    next(iter(stream))
+                    stream.close()
+
+        list(pool.map(leave, range(AT_ONCE)))
+    asked.wait_until_open(0, 30)
+    row(f"{AT_ONCE} clients that left: their places are free", "", "", time.monotonic() - start)
+
+
+def check_end(process: subprocess.Popen, asked: Asked) -> None:
+    """SIGTERM lets what is open be answered, and takes nothing more."""
+    story = text("Describe the image. " * 500)
+    start = time.monotonic()
+    with ThreadPoolExecutor(4) as pool:
+        waiting = [pool.submit(asked.create, story) for _ in range(4)]
+        asked.wait_until_open(4, 30)
+        process.send_signal(signal.SIGTERM)
+        ended = sum(one.result().choices[0].finish_reason in ("stop", "length") for one in waiting)
+    require(ended == 4, f"{ended} of 4 open requests were answered after SIGTERM")
+    require(process.wait(60) == 0, f"the exit status is {process.returncode}")
+    row("open requests answered after SIGTERM", f"{ended} of 4", "", time.monotonic() - start)
+
+
+def main(
+    as_json: bool = typer.Option(False, "--versions", help="print the versions as JSON and end"),
+) -> None:
+    """Check the server against `chat`, and print the table that stands in docs/serving.md."""
+    versions = {name: importlib.metadata.version(name) for name in VERSIONS}
+    if as_json:
+        typer.echo(json.dumps(versions))
+        return
+    os.environ.setdefault("HF_HUB_OFFLINE", "1")
+    typer.echo(", ".join(f"{name} {version}" for name, version in versions.items()))
+    typer.echo("\n| check | equal to `chat` | differ without V-experts | s |\n|---|---|---|---|")
+    reference = Reference()
+    with command() as (process, address):
+        asked = Asked(address)
+        check_answers(asked, reference)
+        check_seeds(asked)
+        check_leaving(asked)
+        check_end(process, asked)
+
+
+if __name__ == "__main__":
+    typer.run(main)
