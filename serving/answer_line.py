@@ -53,11 +53,11 @@ class Answer:
 
     def __init__(self) -> None:
         self._loop = asyncio.get_running_loop()
-        self._events: asyncio.Queue[str | Finished | BaseException] = asyncio.Queue()
+        self._events: asyncio.Queue[str | Finished | Exception] = asyncio.Queue()
         self.given_up = threading.Event()
         self.finished: Finished | None = None
 
-    def hand_on(self, event: "str | Finished | BaseException") -> None:
+    def hand_on(self, event: "str | Finished | Exception") -> None:
         """From the thread that answers."""
         with contextlib.suppress(RuntimeError):  # the loop is closed: nobody waits any more
             self._loop.call_soon_threadsafe(self._events.put_nowait, event)
@@ -70,7 +70,7 @@ class Answer:
         """
         while True:
             event = await self._events.get()
-            if isinstance(event, BaseException):
+            if isinstance(event, Exception):
                 raise event
             if isinstance(event, Finished):
                 self.finished = event
@@ -134,8 +134,10 @@ class AnswerLine:
         self._answering = answer
         try:
             answer.hand_on(self._answer(answer, question))
-        except BaseException as error:  # handed to the request that waits for it; the thread goes on
+        except Exception as error:  # handed to the request that waits for it; the thread goes on
             answer.hand_on(error)
+        except BaseException as error:  # raised there it would end the server
+            answer.hand_on(RuntimeError(f"the answer ended by {type(error).__name__}"))
         finally:
             self._answering = None
 
@@ -165,7 +167,9 @@ class AnswerLine:
 
 
 class StopCut:
-    """Cuts a text that comes in pieces before the first of several stops; what may be one's beginning is held back."""
+    """Cuts a text that comes in pieces before the stop that is complete first; of several that end together, before the
+    longest. What may be a stop's beginning is held back.
+    """
 
     def __init__(self, stops: Sequence[str]):
         self._stops, self._held, self.found = tuple(stops), "", False
@@ -175,9 +179,11 @@ class StopCut:
         if self.found:
             return ""
         text = self._held + piece
-        at = min((place for stop in self._stops if (place := text.find(stop)) >= 0), default=-1)
-        self.found = at >= 0
-        if not self.found:
+        ends = [(place + len(stop), place) for stop in self._stops if (place := text.find(stop)) >= 0]
+        self.found = bool(ends)
+        if ends:
+            _, at = min(ends)
+        else:
             at = len(text) - max((_begun(text, stop) for stop in self._stops), default=0)
         text, self._held = text[:at], "" if self.found else text[at:]
         return text

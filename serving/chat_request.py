@@ -154,6 +154,8 @@ async def read_question(
     messages = read_messages(request.messages)
     if messages[-1]["role"] != "user":
         raise ValueError(f"the last message is the {messages[-1]['role']}'s; an answer is given to a user's")
+    if others := [key for key in messages[-1] if key not in ("role", "content")]:
+        raise ValueError(f"message {len(messages)} (user) holds {others[0]!r}; a question has a role and content")
     places = _picture_places(messages)
     one_tile = _wants_one_tile(request.messages, places)
     least = len(places) * processor.tokens_per_tile

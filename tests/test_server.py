@@ -28,6 +28,7 @@ openai = pytest.importorskip("openai")
 uvicorn = pytest.importorskip("uvicorn")
 pytest.importorskip("fastapi")
 
+from mono_internvl import image_processing_mono_internvl  # noqa: E402
 from mono_internvl.common.models import load_model  # noqa: E402
 from mono_internvl.serving import picture_sources  # noqa: E402
 from mono_internvl.serving.answer_line import StopCut  # noqa: E402
@@ -258,9 +259,9 @@ def test_a_text_is_cut_at_the_first_stop_however_it_comes_in_pieces():
             said.append(cut.put(text[at : at + size]))
             at += size
         said.append(cut.rest())
-        end = min((text.find(stop) for stop in stops if stop in text), default=len(text))
-        assert "".join(said) == text[:end], (text, stops)
-        assert cut.found == (end < len(text) or any(stop in text for stop in stops))
+        found = [(text.find(stop) + len(stop), text.find(stop)) for stop in stops if stop in text]
+        assert "".join(said) == text[: min(found)[1] if found else None], (text, stops)
+        assert cut.found is bool(found)
 
 
 def test_sampling_is_asked_for_and_a_seed_repeats_it(server):
@@ -393,18 +394,17 @@ def test_a_stream_that_is_closed_frees_its_place(gated):
     assert gated.gate.steps <= steps + 1 < 450
 
 
-def test_the_server_answers_while_a_picture_is_read(server):
+def test_the_server_answers_while_a_picture_is_read(server, monkeypatch):
     """Pictures are decoded and tiled where answers are written, not where connections are served."""
-    body = [user(image_part(encoded(noise(4000, 3000), compress_level=1)), "What?")]
+    read, module = threading.Event(), image_processing_mono_internvl
+    load = module.load_image
+    monkeypatch.setattr(module, "load_image", lambda *a, **options: load(*a, **options) if read.wait(30) else None)
     with ThreadPoolExecutor(4) as pool:
-        running = [pool.submit(server.ask, body, max_tokens=1) for _ in range(4)]
-        slowest = 0.0
-        while not all(one.done() for one in running):
-            start = time.monotonic()
-            server.open_requests()
-            slowest = max(slowest, time.monotonic() - start)
-        assert all(one.result() for one in running)
-    assert slowest < 2
+        waiting = [pool.submit(server.ask, [user(image_part(picture(i)), "What?")], max_tokens=2) for i in range(4)]
+        server.wait_until_open(4)
+        assert server.client.models.retrieve(NAME).id == NAME
+        read.set()
+        assert all(one.result().choices[0].finish_reason for one in waiting)
 
 
 # ---------------------------------------------------------------------------------------------------------- refusals
@@ -420,7 +420,8 @@ BROKEN = [
     ({"messages": [{"role": "queen", "content": "Hello."}, HELLO]}, "role 'queen' is not known"),
     ({"messages": [{"role": "user", "content": " "}]}, "the prompt is empty"),
     ({"messages": [HELLO, {"role": "assistant", "content": "Hi"}]}, "the last message is the assistant's"),
-    ({"messages": [{**HELLO, "colour": "red"}]}, "holds 'colour', which the chat template has no place for"),
+    ({"messages": [{**HELLO, "colour": "red"}]}, "message 1 (user) holds 'colour'"),
+    ({"messages": [{**HELLO, "colour": "red"}, HELLO]}, "holds 'colour', which the chat template has no place for"),
     ({"messages": [user({"type": "imag", "image": "x"})]}, "type 'imag' is not known"),
     ({"messages": [user({"type": "video_url", "video_url": {"url": "x"}})]}, "type 'video_url' is not known"),
     ({"messages": [user({"type": "image"})]}, "part 1: a picture must be a data: or http(s) URL, none is given"),
@@ -625,7 +626,7 @@ class Pictures(http.server.BaseHTTPRequestHandler):
         elif path == "/noise":
             self.send_response(200)
             self.end_headers()
-            self.wfile.write(encoded(noise(400, 400, seed=1)))
+            self.wfile.write(encoded(noise(420, 420, seed=1)))
         elif path == "/long":
             self.send_response(200)
             self.end_headers()
@@ -724,7 +725,7 @@ def test_a_picture_that_is_too_long_or_too_slow(pictures, monkeypatch, nano):
         plate = f"{pictures}/plate.png"
         answer = running.text([user(image_part(plate), "How many circles are there?")])
         assert answer == "2"
-        big = encoded(noise(400, 400))  # 480 kB each
+        big = encoded(noise(420, 420))  # 530 kB each
         with pytest.raises(
             openai.BadRequestError, match="part 3: up to here the pictures have more than the 1,048,576"
         ):
