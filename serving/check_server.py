@@ -9,8 +9,6 @@ tokens go through the text experts: a check that could not tell the two apart wo
 
 import contextlib
 import importlib.metadata
-import json
-import os
 import random
 import signal
 import subprocess
@@ -208,16 +206,14 @@ def check_end(process: subprocess.Popen, asked: Asked) -> None:
     row("open requests answered after SIGTERM", f"{ended} of 4", "", time.monotonic() - start)
 
 
-def main(
-    as_json: bool = typer.Option(False, "--versions", help="print the versions as JSON and end"),
-) -> None:
+def versions() -> dict[str, str]:
+    """Of what the server is made of."""
+    return {name: importlib.metadata.version(name) for name in VERSIONS}
+
+
+def main() -> None:
     """Check the server against `chat`, and print the table that stands in docs/serving.md."""
-    versions = {name: importlib.metadata.version(name) for name in VERSIONS}
-    if as_json:
-        typer.echo(json.dumps(versions))
-        return
-    os.environ.setdefault("HF_HUB_OFFLINE", "1")
-    typer.echo(", ".join(f"{name} {version}" for name, version in versions.items()))
+    typer.echo(", ".join(f"{name} {version}" for name, version in versions().items()))
     typer.echo("\n| check | equal to `chat` | differ without V-experts | s |\n|---|---|---|---|")
     reference = Reference()
     with command() as (process, address):

@@ -23,6 +23,7 @@ from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse, Response, StreamingResponse
 from starlette.exceptions import HTTPException
 
+from ..image_loading_mono_internvl import DEFAULT_MAX_PIXELS
 from ..modeling_mono_internvl import MonoInternVLForCausalLM
 from ..processing_mono_internvl import MonoInternVLProcessor
 from .answer_line import Answer, AnswerLine, Finished, LineFull
@@ -51,7 +52,7 @@ class ServerOptions:
     name: str
     sources: PictureSources
     max_tiles: int | None = None
-    max_pixels: int = 100_000_000
+    max_pixels: int = DEFAULT_MAX_PIXELS
     max_requests: int = 64
     names: frozenset[str] | None = LOOPBACK
 
