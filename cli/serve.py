@@ -38,7 +38,7 @@ def serve(
     ] = 64,
     max_body: Annotated[
         int, typer.Option(min=1, metavar="MIB", help="largest body, and most bytes of a request's pictures")
-    ] = 64,
+    ] = 32,
     max_pixels: Annotated[
         int, typer.Option(min=1, metavar="N", help="most pixels of a request's pictures together")
     ] = DEFAULT_MAX_PIXELS,

@@ -6,6 +6,7 @@
 import asyncio
 import io
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from typing import Annotated, Any
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
@@ -13,8 +14,6 @@ from pydantic import BaseModel, ConfigDict, Field, model_validator
 from ..compat_mono_internvl import check_keywords
 from ..image_files_mono_internvl import open_picture
 from ..image_pixels_mono_internvl import check_size
-from ..modeling_mono_internvl import MonoInternVLForCausalLM
-from ..processing_mono_internvl import MonoInternVLProcessor
 from ..prompt_mono_internvl import read_messages
 from .answer_line import Question
 from .picture_sources import PictureSources
@@ -44,6 +43,8 @@ _ASKS_FOR_NOTHING: dict[str, tuple[Any, ...]] = {
     "verbosity": (),
     "web_search_options": (),
 }
+# What is wrong is said of every one up to here.
+_MAX_MESSAGES = 10_000
 _DETAILS = ("auto", "high", "low")
 
 Stop = Annotated[str, Field(min_length=1, max_length=1000)]
@@ -63,7 +64,8 @@ class _Body(BaseModel):
                 allowed = " or ".join(["null", *map(repr, nothing)])
                 raise ValueError(f"{name} is not supported by this server; leave it out (allowed is {allowed})")
         try:
-            check_keywords("the request", left, cls.model_fields)
+            unknown = [name for name in left if name not in cls.model_fields]
+            check_keywords("the request", unknown[:3], cls.model_fields)
         except TypeError as error:
             raise ValueError(str(error)) from error
         return left
@@ -82,7 +84,7 @@ class ChatRequest(_Body):
     `skip_special_tokens: false` keeps `<ref>` and `<box>`, as in vLLM.
     """
 
-    messages: Annotated[list[dict[str, Any]], Field(min_length=1)]
+    messages: Annotated[list[dict[str, Any]], Field(min_length=1, max_length=_MAX_MESSAGES)]
     model: str | None = None
     max_tokens: Annotated[int | None, Field(ge=1)] = None
     max_completion_tokens: Annotated[int | None, Field(ge=1)] = None
@@ -130,20 +132,29 @@ class ChatRequest(_Body):
         return options
 
 
-async def read_question(
-    request: ChatRequest,
-    model: MonoInternVLForCausalLM,
-    processor: MonoInternVLProcessor,
-    sources: PictureSources,
-    *,
-    max_tiles: int | None,
-    max_pixels: int,
-) -> Question:
-    """The question of a request, its pictures fetched and their sizes known, not decoded.
+@dataclass(frozen=True)
+class Limits:
+    """What a model can read, and what a server lets it read.
 
-    Args:
-        max_tiles: most tiles of the pictures; None: the model's.
-        max_pixels: of all pictures of the request together, so that it cannot fill the memory.
+    Attributes:
+        context: most tokens of a conversation.
+        tile_tokens: least tokens of a picture.
+        token_characters: most characters of typed text that a token stands for.
+        sources: where pictures may come from.
+        max_pixels: of all pictures of a request together, so that they cannot fill the memory.
+        max_tiles: of all pictures of a request together; None: the model's.
+    """
+
+    context: int
+    tile_tokens: int
+    token_characters: int
+    sources: PictureSources
+    max_pixels: int
+    max_tiles: int | None
+
+
+async def read_question(request: ChatRequest, limits: Limits) -> Question:
+    """The question of a request, its pictures fetched and their sizes known, not decoded.
 
     Raises:
         ValueError: what is wrong with the conversation or a picture, with its place.
@@ -156,29 +167,43 @@ async def read_question(
         raise ValueError(f"the last message is the {messages[-1]['role']}'s; an answer is given to a user's")
     if others := [key for key in messages[-1] if key not in ("role", "content")]:
         raise ValueError(f"message {len(messages)} (user) holds {others[0]!r}; a question has a role and content")
+    _check_length(messages, limits)
     places = _picture_places(messages)
     one_tile = _wants_one_tile(request.messages, places)
-    least = len(places) * processor.tokens_per_tile
-    if least >= model.context_limit:
+    least = len(places) * limits.tile_tokens
+    if least >= limits.context:
         raise ValueError(
-            f"{len(places)} pictures are at least {least} tokens, more than this model's limit of {model.context_limit}"
+            f"{len(places)} pictures are at least {least} tokens, more than this model's limit of {limits.context}"
         )
     try:
-        pictures = await asyncio.wait_for(_read(messages, places, sources), _FETCH_SECONDS)
+        pictures = await asyncio.wait_for(_read(messages, places, limits.sources), _FETCH_SECONDS)
     except asyncio.TimeoutError as error:
         raise ConnectionError(f"the pictures did not arrive within {_FETCH_SECONDS:.0f} s") from error
-    await asyncio.to_thread(_check_pixels, places, pictures, max_pixels)
+    await asyncio.to_thread(_check_pixels, places, pictures, limits.max_pixels)
     # Only bytes are handed on: `chat` would read a path.
     for (number, place, _), data in zip(places, pictures, strict=True):
         messages[number]["content"][place] = {"type": "image", "image": data}
-    options = {**request.generation, "max_pixels": max_pixels}
+    options = {**request.generation, "max_pixels": limits.max_pixels}
     if one_tile:
         options |= {"max_tiles": 1, "min_tiles": 1}
-    elif max_tiles is not None:
-        options["max_tiles"] = max_tiles
+    elif limits.max_tiles is not None:
+        options["max_tiles"] = limits.max_tiles
     last = messages[-1]["content"]
     parts = [{"type": "text", "text": last}] if isinstance(last, str) else last
     return Question(parts, messages[:-1], options, request.stops, request.seed)
+
+
+def _check_length(messages: Sequence[Mapping[str, Any]], limits: Limits) -> None:
+    """Raise ValueError for a text that is too long however it is cut into tokens: that would take minutes to learn."""
+    characters = 0
+    for message in messages:
+        content = message["content"]
+        texts = [content] if isinstance(content, str) else [part.get("text", "") for part in content]
+        characters += sum(map(len, texts))
+    if characters > limits.context * limits.token_characters:
+        raise ValueError(
+            f"the conversation has {characters:,} characters, more than this model's limit of {limits.context} tokens"
+        )
 
 
 def _picture_places(messages: Sequence[Mapping[str, Any]]) -> list[tuple[int, int, str]]:

@@ -20,6 +20,8 @@ from ..image_loading_mono_internvl import FETCH_HEADERS, file_url_path, prefixed
 # Of one connection or one silence; how long all pictures of a request may take is the caller's to say.
 _STEP_SECONDS = 10.0
 _REDIRECTS = 5
+# Of characters that a data: URL may write as %XX: each is an object while it is read. base64 needs none.
+_MOST_ESCAPES = 1_000_000
 # IPv6 networks that carry an IPv4 address in their last 32 bits: as written of old, and behind NAT64 (RFC 4291, 6052).
 _CARRIERS = (ipaddress.ip_network("::/96"), ipaddress.ip_network("64:ff9b::/96"))
 
@@ -107,6 +109,8 @@ class PictureSources:
         scheme = scheme.lower() if colon else ""
         try:
             if scheme == "data":
+                if text.count("%") > _MOST_ESCAPES:
+                    raise ValueError(f"the data: URL escapes more than {_MOST_ESCAPES:,} characters; give it as base64")
                 return await asyncio.to_thread(read_data_uri, text)
             if scheme in ("http", "https") and rest.startswith("//"):
                 return await self._fetch(text)

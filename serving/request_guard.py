@@ -15,6 +15,11 @@ Send = Callable[[Message], Awaitable[None]]
 # A body must arrive in this time; one that is too long is read on for a while, or the client would not hear why.
 _BODY_SECONDS = 60.0
 _TIMES_READ_ON = 4
+# Bodies of all open requests, in bodies of the largest size.
+_HELD_AT_ONCE = 16
+# Each becomes an object of tens of bytes, one after the other; a conversation has thousands at most.
+_MAX_ITEMS = 1_000_000
+_LONGEST_MESSAGE = 1000
 LOOPBACK = frozenset({"localhost", "127.0.0.1", "::1"})
 
 
@@ -30,6 +35,8 @@ def error_body(message: str, kind: str, *, param: str | None = None, code: str |
     """An error as OpenAI's clients read it."""
     # JSON can bring half of a surrogate pair, which cannot be sent back.
     message = message.encode("utf-8", "backslashreplace").decode("utf-8")
+    if len(message) > _LONGEST_MESSAGE:  # it names what was sent
+        message = f"{message[: _LONGEST_MESSAGE - 100]} ... {message[-90:]}"
     return {"error": {"message": message, "type": kind, "param": param, "code": code}}
 
 
@@ -44,19 +51,20 @@ class RequestGuard:
     """ASGI middleware: bodies are read whole within a limit of bytes and time, and are JSON.
 
     Args:
-        max_bytes: of a body.
+        max_bytes: of a body; those of all open requests may have 16 times as many.
         names: the names of the machine that a request may be sent to; None: any. A page of a stranger whose name was
             made to resolve to this machine would otherwise be of one origin with a server that listens here only.
     """
 
     def __init__(self, app: Any, *, max_bytes: int, names: frozenset[str] | None):
         self.app, self.max_bytes, self.names = app, max_bytes, names
+        self._held = 0
 
     async def __call__(self, scope: Message, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
             await self.app(scope, receive, send)
             return
-        headers = Headers(scope=scope)
+        headers, body = Headers(scope=scope), b""
         try:
             self._check_name(headers.get("host", ""))
             if scope["method"] in ("POST", "PUT", "PATCH"):
@@ -64,11 +72,19 @@ class RequestGuard:
                 kind = headers.get("content-type", "").partition(";")[0].strip().lower()
                 if kind != "application/json":
                     raise Refused(415, f"the body must be application/json, not {kind or 'of no type'}")
-                receive = _replayed(await self._body(receive), receive)
+                body = await self._body(receive)
+                receive = _replayed(body, receive)
+            if self._held + len(body) > _HELD_AT_ONCE * self.max_bytes:
+                reason = "the requests that are open have as many bytes as this server takes at once; try again"
+                raise Refused(503, reason, headers={"Retry-After": "1"})
         except Refused as error:
             await refusal(error.status, str(error), **error.details)(scope, receive, send)
             return
-        await self.app(scope, receive, send)
+        self._held += len(body)
+        try:
+            await self.app(scope, receive, send)
+        finally:
+            self._held -= len(body)
 
     def _check_name(self, host: str) -> None:
         if self.names is None:
@@ -97,6 +113,8 @@ class RequestGuard:
                 body.clear()
         if size > self.max_bytes:
             raise Refused(413, f"the body has more than the {self.max_bytes:,} bytes that one may have (--max-body)")
+        if sum(body.count(mark) for mark in (b"[", b"{", b",")) > _MAX_ITEMS:
+            raise Refused(413, f"the body has more than {_MAX_ITEMS:,} brackets and commas")
         return bytes(body)
 
 

@@ -27,7 +27,7 @@ from ..image_loading_mono_internvl import DEFAULT_MAX_PIXELS
 from ..modeling_mono_internvl import MonoInternVLForCausalLM
 from ..processing_mono_internvl import MonoInternVLProcessor
 from .answer_line import Answer, AnswerLine, Finished, LineFull
-from .chat_request import ChatRequest, read_question
+from .chat_request import ChatRequest, Limits, read_question
 from .picture_sources import PictureSources
 from .request_guard import LOOPBACK, Receive, Refused, RequestGuard, Send, error_body, refusal
 
@@ -64,6 +64,14 @@ class ClientGone(Exception):
 def build_app(model: MonoInternVLForCausalLM, processor: MonoInternVLProcessor, options: ServerOptions) -> FastAPI:
     """The server of one model; its `state.line` holds the requests."""
     line = AnswerLine(model, processor, places=options.max_requests)
+    limits = Limits(
+        context=model.context_limit,
+        tile_tokens=processor.tokens_per_tile,
+        token_characters=max(map(len, processor.tokenizer.get_vocab())),
+        sources=options.sources,
+        max_pixels=options.max_pixels,
+        max_tiles=options.max_tiles,
+    )
 
     @contextlib.asynccontextmanager
     async def lifespan(app: FastAPI) -> AsyncIterator[None]:
@@ -82,7 +90,7 @@ def build_app(model: MonoInternVLForCausalLM, processor: MonoInternVLProcessor, 
     ):
         app.add_exception_handler(kind, handler)  # type: ignore[arg-type]
     card = {"id": options.name, "object": "model", "created": int(time.time()), "owned_by": "local"}
-    card["max_model_len"] = model.context_limit
+    card["max_model_len"] = limits.context
 
     def check_name(name: str | None) -> None:
         if name is not None and name != options.name:
@@ -104,10 +112,7 @@ def build_app(model: MonoInternVLForCausalLM, processor: MonoInternVLProcessor, 
 
     async def begin(body: ChatRequest, answer: Answer) -> tuple[AsyncIterator[str], str]:
         """The answer's pieces, and the first of them: what is wrong with a request comes up before it."""
-        question = await read_question(
-            body, model, processor, options.sources, max_tiles=options.max_tiles, max_pixels=options.max_pixels
-        )
-        line.ask(answer, question)
+        line.ask(answer, await read_question(body, limits))
         pieces = answer.pieces()
         return pieces, await anext(pieces, "")
 

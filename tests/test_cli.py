@@ -86,6 +86,7 @@ def fast() -> float:
         ("--help", 0, "chat"),
         ("chat --help", 0, "--max-tiles"),
         ("train --help", 0, "--resume"),
+        ("serve --help", 0, "--allow-private-network"),
         ("", 2, "Usage"),
         ("paint", 2, "No such command 'paint'"),
         ("chat --modle x Hi", 2, "--modle"),

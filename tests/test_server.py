@@ -8,8 +8,11 @@ import itertools
 import json
 import os
 import random
+import re
+import shutil
 import signal
 import socket
+import ssl
 import subprocess
 import sys
 import threading
@@ -194,6 +197,16 @@ def test_several_turns_with_a_system_prompt(server, nano):
             [plate, wide, plate], parts, system="Answer with one word.", history=history, processor=processor
         )
         assert server.text(messages) == answer
+
+
+@pytest.mark.parametrize("page", ["README.md", "docs/serving.md"])
+def test_the_python_of_the_pages_runs(server, page, monkeypatch, capsys):
+    monkeypatch.chdir(ROOT)
+    blocks = re.findall(r"```python\n(.*?)```", (ROOT / page).read_text(encoding="utf-8"), flags=re.DOTALL)
+    (code,) = (block for block in blocks if "openai" in block)
+    assert "http://localhost:8000/v1" in code
+    exec(compile(code.replace("http://localhost:8000", server.address), page, "exec"), {})
+    assert capsys.readouterr().out == "2\n"
 
 
 def test_usage_counts_the_tokens_of_prompt_and_answer(server, nano):
@@ -556,6 +569,41 @@ def test_a_body_that_is_too_long_is_refused_whether_or_not_it_says_so(nano):
         assert found.status_code == 200, found.text
 
 
+def test_a_body_that_would_fill_the_memory_is_refused_at_once(server):
+    """Small in bytes, large as objects, or long to read."""
+    start = time.monotonic()
+    for body, status, message in (
+        (b'{"messages": [' + b"[]," * 5_000_000 + b"[]]}", 413, "more than 1,000,000 brackets and commas"),
+        (b'{"messages": [' + b"1," * 900_000 + b"1]}", 400, "at most 10000 items"),
+        (b'{"messages": [' + b"1," * 9_000 + b"1]}", 400, "messages.0: Input should be a valid dictionary"),
+        (json.dumps({str(number): 1 for number in range(300_000)}).encode(), 400, "unknown option '0', '1', '2'"),
+        (json.dumps({"messages": [HELLO], "x" * 9_000_000: 1}).encode(), 400, "unknown option 'xxx"),
+        (json.dumps({"messages": [user("word " * 2_000_000)]}).encode(), 400, "10,000,000 characters, more than"),
+        (json.dumps({"messages": [user(image_part("data:," + "%41" * 2_000_000))]}).encode(), 400, "escapes more than"),
+    ):
+        found = server.post(body)
+        said = found.json()["error"]["message"]
+        assert found.status_code == status and message in said and len(said) <= 1000, (said, message)
+    assert time.monotonic() - start < 60
+    assert server.text("Hello.") == "i am the mono-internvl nano."
+
+
+def test_the_bytes_of_all_open_requests_have_a_limit(gated):
+    guard = gated.app.middleware_stack
+    while not hasattr(guard, "max_bytes"):
+        guard = guard.app
+    guard.max_bytes = 10_000
+    body = {"messages": [HELLO], "user": "x" * 9_900, "max_tokens": 2}
+    guard._held += 155_000  # as many others would
+    found = gated.post(body)
+    assert (found.status_code, found.headers["retry-after"]) == (503, "1")
+    assert "as many bytes as this server takes" in found.json()["error"]["message"]
+    guard._held -= 155_000
+    gated.gate.open.set()
+    assert gated.post(body).status_code == 200
+    assert guard._held == 0
+
+
 def test_what_fails_in_the_server_is_said_and_it_lives_on(processor, monkeypatch, caplog):
     model = tiny_model(seed=7, text_config={"vocab_size": len(processor.tokenizer)})
     model.config.image_token_id = model.model.config.image_token_id = processor.image_token_id
@@ -642,16 +690,27 @@ class Pictures(http.server.BaseHTTPRequestHandler):
         pass
 
 
-@pytest.fixture
-def pictures():
+@contextlib.contextmanager
+def serving_pictures(context=None):
+    """Its port."""
     Pictures.asked = []
     server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Pictures)
+    if context is not None:
+        server.socket = context.wrap_socket(server.socket, server_side=True)
     thread = threading.Thread(target=server.serve_forever)
     thread.start()
-    yield f"http://127.0.0.1:{server.server_port}"
-    server.shutdown()
-    thread.join()
-    server.server_close()
+    try:
+        yield server.server_port
+    finally:
+        server.shutdown()
+        thread.join()
+        server.server_close()
+
+
+@pytest.fixture
+def pictures():
+    with serving_pictures() as port:
+        yield f"http://127.0.0.1:{port}"
 
 
 def read(source, **options) -> bytes:
@@ -711,6 +770,32 @@ def test_a_name_is_looked_up_once_and_every_address_counts(pictures, this_machin
             read(url)
     with pytest.raises(ConnectionError, match="no such host"):
         read(url)
+    assert len(Pictures.asked) == 1
+
+
+def test_a_certificate_is_checked_against_the_name(this_machine_is_public, monkeypatch, tmp_path):
+    """Though the connection goes to the address that was looked up."""
+    if shutil.which("openssl") is None:
+        pytest.skip("needs openssl to make a certificate")
+    key, certificate = tmp_path / "key.pem", tmp_path / "certificate.pem"
+    words = ["openssl", "req", "-x509", "-newkey", "rsa:2048", "-nodes", "-days", "2", "-subj", "/CN=pictures.example"]
+    words += ["-addext", "subjectAltName=DNS:pictures.example", "-keyout", str(key), "-out", str(certificate)]
+    subprocess.run(words, check=True, capture_output=True)
+    monkeypatch.setenv("SSL_CERT_FILE", str(certificate))
+    real = socket.getaddrinfo
+
+    def look_up(host, *arguments, **options):
+        return real("127.0.0.1" if str(host).endswith(".example") else host, *arguments, **options)
+
+    monkeypatch.setattr(socket, "getaddrinfo", look_up)
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+    context.load_cert_chain(certificate, key)
+    with serving_pictures(context) as port:
+        found = read(f"https://pictures.example:{port}/plate.png")
+        assert found == (ROOT / "examples" / "plate.png").read_bytes()
+        for name in ("others.example", "127.0.0.1"):
+            with pytest.raises(ConnectionError, match="cannot fetch"):
+                read(f"https://{name}:{port}/plate.png")
     assert len(Pictures.asked) == 1
 
 
