@@ -1,1 +1,1 @@
-"""Serving: the vLLM plugin and the demo page."""
+"""Serving: an OpenAI-compatible server, the vLLM plugin and the demo page."""

@@ -8,7 +8,9 @@ tokens go through the text experts: a check that could not tell the two apart wo
 """
 
 import contextlib
+import http.client
 import importlib.metadata
+import json
 import random
 import signal
 import subprocess
@@ -170,26 +172,41 @@ def check_seeds(asked: Asked) -> None:
 
 
 def check_leaving(asked: Asked) -> None:
-    """Clients that leave, in a stream and before an answer, free their places."""
-    import openai
+    """Clients that leave before their answers, streamed or whole, free their places, also the one that is answered."""
+    address = asked.client.base_url
+    connections = [http.client.HTTPConnection(address.host, address.port) for _ in range(AT_ONCE)]
+    for number, connection in enumerate(connections):
+        body = {"messages": text("Describe the image. " * 700), "max_tokens": 1000, "stream": number % 2 == 0}
+        connection.request("POST", "/v1/chat/completions", json.dumps(body), {"Content-Type": "application/json"})
+    asked.wait_until_open(AT_ONCE, 60)
+    for connection in connections:
+        connection.close()
+    seconds = asked.wait_until_open(0, 60)
+    row(f"places free after {AT_ONCE} clients left", f"{AT_ONCE} of {AT_ONCE}", "", seconds)
 
-    story = text("Describe the image. " * 700)
-    start = time.monotonic()
-    impatient = asked.client.with_options(timeout=0.3)
-    with ThreadPoolExecutor(AT_ONCE) as pool:
 
-        def leave(number: int) -> None:
-            with contextlib.suppress(openai.APITimeoutError):
-                stream: Any = impatient.chat.completions.create(
-                    model=asked.name, messages=story, stream=number % 2 == 0, max_tokens=2000
-                )
-                if number % 2 == 0:
-                    next(iter(stream))
-                    stream.close()
+def slowest_health(health: Callable[[], Any], ask: Callable[[list[dict[str, Any]]], Any]) -> float:
+    """The longest wait for `/health`, in seconds, while eight pictures of twelve megapixels are asked about at once."""
+    (plate,) = plates(1)
+    request = Request("large").turn("What?", plate.resize((4000, 3000))).for_http()
+    slowest = 0.0
+    with ThreadPoolExecutor(8) as pool:
+        asked = [pool.submit(ask, request) for _ in range(8)]
+        while not all(one.done() for one in asked):
+            start = time.monotonic()
+            health()
+            slowest = max(slowest, time.monotonic() - start)
+            time.sleep(0.01)
+    for one in asked:
+        one.result()
+    return slowest
 
-        list(pool.map(leave, range(AT_ONCE)))
-    asked.wait_until_open(0, 30)
-    row(f"{AT_ONCE} clients that left: their places are free", "", "", time.monotonic() - start)
+
+def check_health(asked: Asked) -> None:
+    """Connections are served while pictures are read and answers written."""
+    slowest = slowest_health(asked.open_requests, lambda request: asked.create(request, max_tokens=1))
+    require(slowest < 2, f"/health took {slowest:.1f} s")
+    row("longest wait for `/health` during eight pictures of 12 megapixels", "", "", slowest)
 
 
 def check_end(process: subprocess.Popen, asked: Asked) -> None:
@@ -221,6 +238,7 @@ def main() -> None:
         check_answers(asked, reference)
         check_seeds(asked)
         check_leaving(asked)
+        check_health(asked)
         check_end(process, asked)
 
 

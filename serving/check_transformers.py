@@ -12,20 +12,17 @@ import socket
 import subprocess
 import sys
 import tempfile
-import threading
 import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import typer
-from PIL import Image
 
 from ..common.models import BUNDLED_MODEL
-from .check_server import NEW_TOKENS, Reference, versions
-from .check_vllm import image_part, mixed_requests, png, wait_until_healthy
+from .check_server import NEW_TOKENS, Reference, slowest_health, versions
+from .check_vllm import mixed_requests, wait_until_healthy
 
 
 PLATE = BUNDLED_MODEL / "examples" / "plate.png"
@@ -111,20 +108,6 @@ def check_options(peer: Peer) -> None:
     row("status of a request with `stop`", peer.post("Hello.", stop=["mono"]).status_code)
     found = {peer.text("Describe a red circle.", temperature=2, seed=seed) for seed in range(8)}
     row("different answers to eight seeds at `temperature` 2", len(found))
-    # What makes it sample is its own way of giving a whole generation configuration.
-    config = json.dumps({"do_sample": True, "temperature": 2.0, "max_new_tokens": NEW_TOKENS, "eos_token_id": [2, 757]})
-
-    def sampled(seed: int) -> str:
-        return peer.text("Describe a red circle.", seed=seed, generation_config=config)
-
-    alone = [sampled(seed) for seed in range(16)]
-    with ThreadPoolExecutor(16) as pool:
-        together = list(pool.map(sampled, range(16)))
-    equal = sum(a == b for a, b in zip(alone, together, strict=True))
-    row("seeded answers that are the same alone and at once", f"{equal} of 16")
-    count = peer.post("Hello.").json()["usage"]["completion_tokens"]
-    reason = peer.choice("Hello.", max_tokens=count)["finish_reason"]
-    row("`finish_reason` of an answer that ends by itself at `max_tokens`", reason)
     long = peer.post("word " * 20_000)
     said = f", the answer {long.json()['choices'][0]['message']['content']!r}" if long.status_code == 200 else ""
     row("status of a prompt of five times the context", f"{long.status_code}{said}")
@@ -143,30 +126,33 @@ def check_refusals(peer: Peer) -> None:
     row("status of `/load_model` with a path of the server's", load.status_code)
 
 
+def check_sampling_and_ends(peer: Peer) -> None:
+    """What an answer depends on besides its request, and how its end is told."""
+    # What makes it sample is its own way of giving a whole generation configuration.
+    config = json.dumps({"do_sample": True, "temperature": 2.0, "max_new_tokens": NEW_TOKENS, "eos_token_id": [2, 757]})
+
+    def sampled(seed: int) -> str:
+        return peer.text("Describe a red circle.", seed=seed, generation_config=config)
+
+    alone = [sampled(seed) for seed in range(16)]
+    with ThreadPoolExecutor(16) as pool:
+        together = list(pool.map(sampled, range(16)))
+    equal = sum(a == b for a, b in zip(alone, together, strict=True))
+    row("seeded answers that are the same alone and at once", f"{equal} of 16")
+    count = peer.post("Hello.").json()["usage"]["completion_tokens"]
+    reason = peer.choice("Hello.", max_tokens=count)["finish_reason"]
+    row("`finish_reason` of an answer that ends by itself at `max_tokens`", reason)
+
+
 def check_loop(peer: Peer) -> None:
     """How long /health waits while pictures are read, and a request behind one whose client has left."""
     import httpx
 
-    noise = np.random.default_rng(0).integers(0, 256, (3000, 4000, 3), dtype=np.uint8)
-    messages = [
-        {"role": "user", "content": [image_part(png(Image.fromarray(noise))), {"type": "text", "text": "What?"}]}
-    ]
-    waits: list[float] = []
-    done = threading.Event()
+    def health() -> Any:
+        return peer.client.get(f"{peer.address}/health")
 
-    def poll() -> None:
-        while not done.is_set():
-            start = time.monotonic()
-            peer.client.get(f"{peer.address}/health")
-            waits.append(time.monotonic() - start)
-
-    thread = threading.Thread(target=poll)
-    thread.start()
-    with ThreadPoolExecutor(8) as pool:
-        list(pool.map(lambda _: peer.post(messages, max_tokens=1), range(8)))
-    done.set()
-    thread.join()
-    row("longest wait for `/health` while eight pictures of 12 megapixels are read", f"{max(waits):.1f} s")
+    slowest = slowest_health(health, lambda messages: peer.post(messages, max_tokens=1))
+    row("longest wait for `/health` during eight pictures of 12 megapixels", f"{slowest:.1f} s")
 
     config = json.dumps({"max_new_tokens": 1000, "min_new_tokens": 1000, "eos_token_id": [2], "pad_token_id": 2})
     start = time.monotonic()
@@ -189,6 +175,7 @@ def main() -> None:
         check_answers(peer)
         check_options(peer)
         check_refusals(peer)
+        check_sampling_and_ends(peer)
         check_loop(peer)
 
 

@@ -34,6 +34,13 @@ NEEDED = (
     ("transformers", "Trainer._get_num_items_in_batch", "training/trainer.py", "weights of a step's targets"),
     ("transformers", "Trainer._save_checkpoint", "training/checkpoints.py", "when a checkpoint is written"),
     ("transformers", "Trainer._get_output_dir", "training/checkpoints.py", "where a checkpoint is written"),
+    ("transformers.cli.serve", "Serve", "serving/check_transformers.py", "what its server does with this model"),
+    (
+        "transformers.models.auto.modeling_auto",
+        "MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES",
+        "serving/check_transformers.py",
+        "a model that sees, in its server",
+    ),
     ("torch._dynamo.config", "optimize_ddp", "common/compiling.py", "a graph for each layer under DDP"),
     ("torch._dynamo.config", "recompile_limit", "common/compiling.py", "layers whose inputs come in several kinds"),
     ("torch", "_assert_async", "modeling_mono_internvl.py", "the placeholder count under torch.compile"),
