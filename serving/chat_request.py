@@ -7,7 +7,7 @@ import asyncio
 import io
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Annotated, Any
+from typing import Annotated, Any, NamedTuple
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
@@ -150,7 +150,7 @@ class Limits:
     token_characters: int
     sources: PictureSources
     max_pixels: int
-    max_tiles: int | None
+    max_tiles: int | str | None
 
 
 async def read_question(request: ChatRequest, limits: Limits) -> Question:
@@ -168,12 +168,12 @@ async def read_question(request: ChatRequest, limits: Limits) -> Question:
     if others := [key for key in messages[-1] if key not in ("role", "content")]:
         raise ValueError(f"message {len(messages)} (user) holds {others[0]!r}; a question has a role and content")
     _check_length(messages, limits)
-    places = _picture_places(messages)
+    places = _places(messages)
     one_tile = _wants_one_tile(request.messages, places)
     least = len(places) * limits.tile_tokens
     if least >= limits.context:
         raise ValueError(
-            f"{len(places)} pictures are at least {least} tokens, more than this model's limit of {limits.context}"
+            f"{len(places)} pictures or videos are at least {least} tokens, more than this model's limit of {limits.context}"
         )
     try:
         pictures = await asyncio.wait_for(_read(messages, places, limits.sources), _FETCH_SECONDS)
@@ -181,11 +181,11 @@ async def read_question(request: ChatRequest, limits: Limits) -> Question:
         raise ConnectionError(f"the pictures did not arrive within {_FETCH_SECONDS:.0f} s") from error
     await asyncio.to_thread(_check_pixels, places, pictures, limits.max_pixels)
     # Only bytes are handed on: `chat` would read a path.
-    for (number, place, _), data in zip(places, pictures, strict=True):
-        messages[number]["content"][place] = {"type": "image", "image": data}
+    for place, data in zip(places, pictures, strict=True):
+        messages[place.message]["content"][place.part][place.kind] = data
     options = {**request.generation, "max_pixels": limits.max_pixels}
     if one_tile:
-        options |= {"max_tiles": 1, "min_tiles": 1}
+        options["max_tiles"] = 1
     elif limits.max_tiles is not None:
         options["max_tiles"] = limits.max_tiles
     last = messages[-1]["content"]
@@ -206,57 +206,69 @@ def _check_length(messages: Sequence[Mapping[str, Any]], limits: Limits) -> None
         )
 
 
-def _picture_places(messages: Sequence[Mapping[str, Any]]) -> list[tuple[int, int, str]]:
-    """Which part of which message is a picture, and how to say so."""
+class _Place(NamedTuple):
+    """Which part of which message (from 0) is an "image" or a "video", and how to say so."""
+
+    message: int
+    part: int
+    kind: str
+    name: str
+
+
+def _places(messages: Sequence[Mapping[str, Any]]) -> list[_Place]:
     return [
-        (number, place, f"message {number + 1} ({message['role']}), part {place + 1}")
+        _Place(number, place, part["type"], f"message {number + 1} ({message['role']}), part {place + 1}")
         for number, message in enumerate(messages)
         if not isinstance(message["content"], str)
         for place, part in enumerate(message["content"])
-        if part["type"] == "image"
+        if part["type"] != "text"
     ]
 
 
 async def _read(
-    messages: Sequence[Mapping[str, Any]], places: Sequence[tuple[int, int, str]], sources: PictureSources
+    messages: Sequence[Mapping[str, Any]], places: Sequence[_Place], sources: PictureSources
 ) -> list[bytes]:
     read, left = [], sources.max_bytes
-    for number, place, where in places:
-        data = await sources.read(messages[number]["content"][place].get("image"), where)
+    for place in places:
+        source = messages[place.message]["content"][place.part].get(place.kind)
+        data = await sources.read(source, place.name, "video" if place.kind == "video" else "picture")
         left -= len(data)
         if left < 0:
             limit = f"the {sources.max_bytes:,} bytes that a request may have (--max-body)"
-            raise ValueError(f"{where}: up to here the pictures have more than {limit}")
+            raise ValueError(f"{place.name}: up to here the pictures have more than {limit}")
         read.append(data)
     return read
 
 
-def _check_pixels(places: Sequence[tuple[int, int, str]], pictures: Sequence[bytes], max_pixels: int) -> None:
-    """Each picture is one, and all of them fit; their files say how large they are."""
+def _check_pixels(places: Sequence[_Place], pictures: Sequence[bytes], max_pixels: int) -> None:
+    """Each picture is one, and all of them fit; their files say how large they are. A video's frames are made small one
+    after the other."""
     total = 0
-    for (_, _, where), data in zip(places, pictures, strict=True):
-        with open_picture(io.BytesIO(data), f"{where}: the picture") as image:
-            check_size(image.size, f"{where}: the picture", max_pixels)
+    for place, data in zip(places, pictures, strict=True):
+        if place.kind != "image":
+            continue
+        with open_picture(io.BytesIO(data), f"{place.name}: the picture") as image:
+            check_size(image.size, f"{place.name}: the picture", max_pixels)
             total += image.width * image.height
         if total > max_pixels:
             limit = f"the {max_pixels:,} that a request may have (--max-pixels)"
-            raise ValueError(f"{where}: up to here the pictures have {total:,} pixels, more than {limit}")
+            raise ValueError(f"{place.name}: up to here the pictures have {total:,} pixels, more than {limit}")
 
 
-def _wants_one_tile(given: Sequence[Mapping[str, Any]], places: Sequence[tuple[int, int, str]]) -> bool:
-    """Whether the pictures are asked for in low detail, which is one tile each.
+def _wants_one_tile(given: Sequence[Mapping[str, Any]], places: Sequence[_Place]) -> bool:
+    """Whether the pictures are asked for in low detail, which is one tile each, as a video's frames are anyway.
 
     Raises:
         ValueError: a detail that is not known, or several: a request's pictures share their tiles.
     """
     low = []
-    for number, place, where in places:
-        part = given[number]["content"][place]
+    for place in places:
+        part = given[place.message]["content"][place.part]
         link = part.get("image_url")
         detail = (link.get("detail") if isinstance(link, Mapping) else None) or part.get("detail") or "auto"
         if detail not in _DETAILS:
-            raise ValueError(f"{where}: detail {detail!r} is not known; allowed are {', '.join(_DETAILS)}")
-        low.append(detail == "low")
+            raise ValueError(f"{place.name}: detail {detail!r} is not known; allowed are {', '.join(_DETAILS)}")
+        low += [detail == "low"] * (place.kind == "image")
     if any(low) and not all(low):
         raise ValueError("all pictures of a request share their tiles: give each the detail low, or none of them")
     return bool(low) and all(low)

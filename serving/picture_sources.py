@@ -92,8 +92,8 @@ class PictureSources:
     private_network: bool = False
     folder: Path | None = None
 
-    async def read(self, source: Any, where: str) -> bytes:
-        """The bytes of a picture, not decoded. `where` names its place in the request.
+    async def read(self, source: Any, where: str, what: str = "picture") -> bytes:
+        """The bytes of a picture or of another `what`, not decoded. `where` names its place in the request.
 
         Raises:
             ValueError: not a source that is allowed, or too many bytes.
@@ -102,8 +102,8 @@ class PictureSources:
         if isinstance(source, bytes):
             return source
         if not isinstance(source, str):
-            what = "none is given" if source is None else f"not {type(source).__name__}"
-            raise ValueError(f"{where}: a picture must be a data: or http(s) URL, {what}")
+            given = "none is given" if source is None else f"not {type(source).__name__}"
+            raise ValueError(f"{where}: a {what} must be a data: or http(s) URL, {given}")
         text = source.strip()
         scheme, colon, rest = text.partition(":")
         scheme = scheme.lower() if colon else ""
@@ -111,16 +111,16 @@ class PictureSources:
             if scheme == "data":
                 if text.count("%") > _MOST_ESCAPES:
                     raise ValueError(f"the data: URL escapes more than {_MOST_ESCAPES:,} characters; give it as base64")
-                return await asyncio.to_thread(read_data_uri, text)
+                return await asyncio.to_thread(read_data_uri, text, what)
             if scheme in ("http", "https") and rest.startswith("//"):
                 return await self._fetch(text)
             if scheme == "file":
                 self._check_files_are_read(text)
-                return await asyncio.to_thread(self._read_file, str(file_url_path(text)), text)
+                return await asyncio.to_thread(self._read_file, str(file_url_path(text)), text, what)
             if rest.startswith("//"):
                 raise ValueError(f"{printable(text)} cannot be fetched: only http, https and data: URLs are read")
             self._check_files_are_read(text)
-            return await asyncio.to_thread(self._read_file, text, text)
+            return await asyncio.to_thread(self._read_file, text, text, what)
         except (ValueError, OSError) as error:
             raise prefixed(error, where) from error
 
@@ -131,7 +131,7 @@ class PictureSources:
                 "(--allow-local-files FOLDER)"
             )
 
-    def _read_file(self, path: str, given: str) -> bytes:
+    def _read_file(self, path: str, given: str, what: str) -> bytes:
         """A regular file below the folder, behind all links."""
         name = printable(given)
         assert self.folder is not None
@@ -140,9 +140,9 @@ class PictureSources:
             file = (folder / path).resolve()
             # Said alike of what exists and of what does not.
             if not file.is_relative_to(folder):
-                raise ValueError(f"{name} lies outside of the folder whose pictures this server reads")
+                raise ValueError(f"{name} lies outside of the folder whose files this server reads")
             if not file.is_file():
-                raise FileNotFoundError(f"no such picture: {name}")
+                raise FileNotFoundError(f"no such {what}: {name}")
             with file.open("rb") as opened:
                 data = opened.read(self.max_bytes + 1)
         except (OSError, ValueError) as error:

@@ -51,7 +51,7 @@ class ServerOptions:
 
     name: str
     sources: PictureSources
-    max_tiles: int | None = None
+    max_tiles: int | str | None = None
     max_pixels: int = DEFAULT_MAX_PIXELS
     max_requests: int = 64
     names: frozenset[str] | None = LOOPBACK
@@ -239,7 +239,7 @@ def _refusing() -> Iterator[None]:
     """What a request can cause becomes a refusal; anything else is a failure of the server's."""
     try:
         yield
-    except (ValueError, OSError, RecursionError) as error:
+    except (ValueError, OSError, RecursionError, ImportError) as error:  # a video, and nothing to read it
         raise Refused(400, str(error) or type(error).__name__) from error
     except (MemoryError, RuntimeError) as error:  # torch says RuntimeError of full memory
         if isinstance(error, RuntimeError) and "memory" not in str(error):

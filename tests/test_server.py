@@ -24,6 +24,7 @@ from PIL import Image
 
 from conftest import ROOT, encoded, noise, tiny_model
 from helpers_cli import failure
+from helpers_video import write_video
 
 
 httpx = pytest.importorskip("httpx")
@@ -345,6 +346,42 @@ def test_tiles_and_pixels_are_options_of_the_server(nano):
                 running.ask([user(*map(image_part, pictures), "What?")])
 
 
+def test_tiles_of_auto_enlarge_nothing(nano):
+    model, processor = nano
+    image = picture(4)
+    with served(model, processor, max_tiles="auto") as running:
+        found = running.ask([user(image_part(image), "Describe the image.")])
+        answer = model.chat([image], "Describe the image.", max_tiles="auto", processor=processor)
+        assert found.choices[0].message.content == answer
+        assert found.usage.prompt_tokens < server_tokens(model, processor, image)
+
+
+def test_a_video_is_taken_as_chat_takes_it(server, nano, tmp_path):
+    """Its bytes, and what its part says of its frames; never a path that `chat` would read."""
+    model, processor = nano
+    file = write_video(tmp_path / "bars.mp4", 20)
+    url = f"data:video/mp4;base64,{base64.b64encode(file.read_bytes()).decode()}"
+    counts = []
+    for more in ({}, {"num_frames": 3}, {"fps": 2.5}):
+        part = {"type": "video_url", "video_url": {"url": url}, **more}
+        found = server.ask([user(part, "Describe the image.")], max_tokens=24)
+        plain = [{"type": "video", "video": str(file), **more}, {"type": "text", "text": "Describe the image."}]
+        assert found.choices[0].message.content == model.chat(None, plain, max_new_tokens=24, processor=processor)
+        counts.append(found.usage.prompt_tokens)
+    assert counts[1] < counts[2] < counts[0]
+    for part, message in (
+        ({"type": "video", "video": str(file)}, "are off (--allow-local-files"),
+        ({"type": "video", "path": str(file)}, "are off (--allow-local-files"),
+        ({"type": "video", "video": {"path": str(file)}}, "a video must be a data: or http(s) URL, not dict"),
+        ({"type": "video", "video": [str(file)]}, "a video must be a data: or http(s) URL, not list"),
+        ({"type": "video_url", "video_url": {"url": "http://127.0.0.1/x.mp4"}}, "is not on the public network"),
+        ({"type": "video_url", "video_url": {"url": "data:video/mp4;base64,AAAA"}}, "is no video that can be read"),
+    ):
+        with pytest.raises(openai.BadRequestError) as refused:
+            server.ask([user(part, "What?")])
+        assert message in str(refused.value)
+
+
 def server_tokens(model, processor, image) -> int:
     plain = [user({"type": "image", "image": image}, "Describe the image.")]
     (ids,) = processor.apply_chat_template(plain, tokenize=True, add_generation_prompt=True)
@@ -436,7 +473,7 @@ BROKEN = [
     ({"messages": [{**HELLO, "colour": "red"}]}, "message 1 (user) holds 'colour'"),
     ({"messages": [{**HELLO, "colour": "red"}, HELLO]}, "holds 'colour', which the chat template has no place for"),
     ({"messages": [user({"type": "imag", "image": "x"})]}, "type 'imag' is not known"),
-    ({"messages": [user({"type": "video_url", "video_url": {"url": "x"}})]}, "type 'video_url' is not known"),
+    ({"messages": [user({"type": "audio_url", "audio_url": {"url": "x"}})]}, "type 'audio_url' is not known"),
     ({"messages": [user({"type": "image"})]}, "part 1: a picture must be a data: or http(s) URL, none is given"),
     ({"messages": [user({"type": "image", "image": {"path": str(ROOT / "examples/plate.png")}})]}, "not dict"),
     ({"messages": [user({"type": "image", "image": [str(ROOT / "examples/plate.png")]})]}, "not list"),
@@ -460,7 +497,7 @@ BROKEN = [
         {"messages": [user(image_part(noise(8, 8), detail="low"), image_part(noise(8, 8)), "What?")]},
         "share their tiles",
     ),
-    ({"messages": [user(*[image_part(noise(8, 8))] * 80, "What?")]}, "80 pictures are at least"),
+    ({"messages": [user(*[image_part(noise(8, 8))] * 80, "What?")]}, "80 pictures or videos are at least"),
     ({"messages": [{"role": "user", "content": "word " * 5000}]}, "more than this model's limit of 4096"),
     ({"messages": [HELLO], "max_tokens": 0}, "max_tokens: Input should be greater than or equal to 1"),
     ({"messages": [HELLO], "max_tokens": "many"}, "max_tokens: Input should be a valid integer"),
