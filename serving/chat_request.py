@@ -172,9 +172,8 @@ async def read_question(request: ChatRequest, limits: Limits) -> Question:
     one_tile = _wants_one_tile(request.messages, places)
     least = len(places) * limits.tile_tokens
     if least >= limits.context:
-        raise ValueError(
-            f"{len(places)} pictures or videos are at least {least} tokens, more than this model's limit of {limits.context}"
-        )
+        limit = f"this model's limit of {limits.context}"
+        raise ValueError(f"{len(places)} pictures or videos are at least {least} tokens, more than {limit}")
     try:
         pictures = await asyncio.wait_for(_read(messages, places, limits.sources), _FETCH_SECONDS)
     except asyncio.TimeoutError as error:

@@ -348,7 +348,7 @@ def test_tiles_and_pixels_are_options_of_the_server(nano):
 
 def test_tiles_of_auto_enlarge_nothing(nano):
     model, processor = nano
-    image = picture(4)
+    image = picture(4).resize((300, 100))
     with served(model, processor, max_tiles="auto") as running:
         found = running.ask([user(image_part(image), "Describe the image.")])
         answer = model.chat([image], "Describe the image.", max_tiles="auto", processor=processor)
