@@ -75,14 +75,6 @@ class MonoInternVLGenerationMixin(GenerationMixin):
         length = (option("max_length") or 0) if new_tokens is None else prompt.shape[1] + new_tokens
         kwargs["max_cache_len"] = -(-max(length, prompt.shape[1] + 1) // STATIC_CACHE_STEP) * STATIC_CACHE_STEP
 
-    @property
-    def context_limit(self) -> int:
-        """Most tokens of a conversation, its answers included; dynamic NTK stretches the trained positions."""
-        text = self.config.text_config  # type: ignore[attr-defined]
-        rope = text.rope_parameters
-        stretch = rope.get("factor", 1.0) if rope["rope_type"] == "dynamic" else 1.0
-        return int(text.max_position_embeddings * stretch)
-
     def answer_ends(self, processor: Any) -> list[int]:
         """Ids that end an answer: the processor's stop tokens and those of the generation configuration."""
         own = self.generation_config.eos_token_id  # type: ignore[attr-defined]

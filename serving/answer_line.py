@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from transformers.generation.stopping_criteria import StoppingCriteria
 
+from ..configuration_checks_mono_internvl import context_length
 from ..modeling_mono_internvl import MonoInternVLForCausalLM
 from ..processing_mono_internvl import MonoInternVLProcessor
 
@@ -143,7 +144,7 @@ class AnswerLine:
 
     def _answer(self, answer: Answer, question: Question) -> Finished:
         cut = StopCut(question.stop)
-        watch = _Watch(answer, cut, self.model.context_limit)
+        watch = _Watch(answer, cut, context_length(self.model.config.text_config))
 
         def hand_on(piece: str) -> None:
             if text := cut.put(piece):

@@ -15,8 +15,10 @@ from ..compat_mono_internvl import check_keywords
 from ..image_files_mono_internvl import open_picture
 from ..image_pixels_mono_internvl import check_size
 from ..prompt_mono_internvl import read_messages
+from ..tiling_mono_internvl import AUTO, AutoTiles
 from .answer_line import Question
 from .picture_sources import PictureSources
+from .requests import take_max_tiles
 
 
 # All pictures of a request have so long to arrive.
@@ -81,7 +83,7 @@ class ChatRequest(_Body):
     """A chat completion, as OpenAI's API writes it.
 
     Sampling is asked for by a temperature above 0 or a top_p below 1; otherwise the likeliest tokens are taken.
-    `skip_special_tokens: false` keeps `<ref>` and `<box>`, as in vLLM.
+    `skip_special_tokens: false` keeps `<ref>` and `<box>`, and `chat_template_kwargs` takes max_tiles, as in vLLM.
     """
 
     messages: Annotated[list[dict[str, Any]], Field(min_length=1, max_length=_MAX_MESSAGES)]
@@ -95,6 +97,7 @@ class ChatRequest(_Body):
     stream: bool = False
     stream_options: StreamOptions | None = None
     skip_special_tokens: bool = True
+    chat_template_kwargs: dict[str, Any] | None = None
     # For the caller's books; they say nothing about the answer.
     user: str | None = None
     metadata: dict[str, Any] | None = None
@@ -143,6 +146,7 @@ class Limits:
         sources: where pictures may come from.
         max_pixels: of all pictures of a request together, so that they cannot fill the memory.
         max_tiles: of all pictures of a request together; None: the model's.
+        most_tiles: what that allows; a request may ask for fewer.
     """
 
     context: int
@@ -151,6 +155,7 @@ class Limits:
     sources: PictureSources
     max_pixels: int
     max_tiles: int | str | None
+    most_tiles: int
 
 
 async def read_question(request: ChatRequest, limits: Limits) -> Question:
@@ -183,10 +188,8 @@ async def read_question(request: ChatRequest, limits: Limits) -> Question:
     for place, data in zip(places, pictures, strict=True):
         messages[place.message]["content"][place.part][place.kind] = data
     options = {**request.generation, "max_pixels": limits.max_pixels}
-    if one_tile:
-        options["max_tiles"] = 1
-    elif limits.max_tiles is not None:
-        options["max_tiles"] = limits.max_tiles
+    if (max_tiles := _max_tiles(request, one_tile, limits)) is not None:
+        options["max_tiles"] = max_tiles
     last = messages[-1]["content"]
     parts = [{"type": "text", "text": last}] if isinstance(last, str) else last
     return Question(parts, messages[:-1], options, request.stops, request.seed)
@@ -271,6 +274,22 @@ def _wants_one_tile(given: Sequence[Mapping[str, Any]], places: Sequence[_Place]
     if any(low) and not all(low):
         raise ValueError("all pictures of a request share their tiles: give each the detail low, or none of them")
     return bool(low) and all(low)
+
+
+def _max_tiles(request: ChatRequest, one_tile: bool, limits: Limits) -> Any:
+    """What `chat` is told of tiles: what the request asks for, else what the server was started with."""
+    left, asked = take_max_tiles(request.chat_template_kwargs or {}, None, limits.most_tiles)
+    if left:
+        raise ValueError(f"chat_template_kwargs: {next(iter(left))!r} is not known; allowed is max_tiles")
+    if asked is not None and one_tile:
+        raise ValueError(
+            "the detail low is one tile a picture, and chat_template_kwargs gives max_tiles; give one of them"
+        )
+    if one_tile:
+        return 1
+    if asked is None:
+        return limits.max_tiles
+    return AutoTiles(limits.most_tiles) if asked == AUTO else asked
 
 
 def _check_text(value: Any, where: str) -> None:

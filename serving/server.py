@@ -23,6 +23,7 @@ from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse, Response, StreamingResponse
 from starlette.exceptions import HTTPException
 
+from ..configuration_checks_mono_internvl import context_length
 from ..image_loading_mono_internvl import DEFAULT_MAX_PIXELS
 from ..modeling_mono_internvl import MonoInternVLForCausalLM
 from ..processing_mono_internvl import MonoInternVLProcessor
@@ -65,12 +66,13 @@ def build_app(model: MonoInternVLForCausalLM, processor: MonoInternVLProcessor, 
     """The server of one model; its `state.line` holds the requests."""
     line = AnswerLine(model, processor, places=options.max_requests)
     limits = Limits(
-        context=model.context_limit,
+        context=context_length(model.config.text_config),
         tile_tokens=processor.tokens_per_tile,
         token_characters=max(map(len, processor.tokenizer.get_vocab())),
         sources=options.sources,
         max_pixels=options.max_pixels,
         max_tiles=options.max_tiles,
+        most_tiles=processor.image_processor.tile_limit(options.max_tiles),
     )
 
     @contextlib.asynccontextmanager

@@ -346,6 +346,31 @@ def test_tiles_and_pixels_are_options_of_the_server(nano):
                 running.ask([user(*map(image_part, pictures), "What?")])
 
 
+def test_a_request_may_ask_for_fewer_tiles(server, nano):
+    """As vLLM's plugin lets it."""
+    model, processor = nano
+    image = picture(4).resize((300, 100))
+    messages = [user(image_part(image), "Describe the image.")]
+    counts = []
+    for tiles in (1, 3, "auto", None):
+        found = server.ask(messages, max_tokens=24, extra_body={"chat_template_kwargs": {"max_tiles": tiles}})
+        answer = model.chat([image], "Describe the image.", max_tiles=tiles, max_new_tokens=24, processor=processor)
+        assert found.choices[0].message.content == answer
+        counts.append(found.usage.prompt_tokens)
+    assert counts[0] == counts[2] < counts[1] == counts[3]
+    low = [user(image_part(image, detail="low"), "Describe the image.")]
+    for asked, message, given in (
+        ({"max_tiles": 99}, "max_tiles=99 is more than the 12", messages),
+        ({"max_tiles": "many"}, "max_tiles must be a whole number", messages),
+        ({"min_tiles": 2}, "only max_tiles, not min_tiles", messages),
+        ({"chat_template": "x"}, "'chat_template' is not known; allowed is max_tiles", messages),
+        ({"max_tiles": 2}, "give one of them", low),
+    ):
+        with pytest.raises(openai.BadRequestError) as refused:
+            server.ask(given, extra_body={"chat_template_kwargs": asked})
+        assert message in str(refused.value)
+
+
 def test_tiles_of_auto_enlarge_nothing(nano):
     model, processor = nano
     image = picture(4).resize((300, 100))
