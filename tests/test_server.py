@@ -360,7 +360,7 @@ def test_a_request_may_ask_for_fewer_tiles(server, nano):
     assert counts[0] == counts[2] < counts[1] == counts[3]
     low = [user(image_part(image, detail="low"), "Describe the image.")]
     for asked, message, given in (
-        ({"max_tiles": 99}, "max_tiles=99 is more than the 12", messages),
+        ({"max_tiles": 99}, "max_tiles=99 is more than the 4", messages),
         ({"max_tiles": "many"}, "max_tiles must be a whole number", messages),
         ({"min_tiles": 2}, "only max_tiles, not min_tiles", messages),
         ({"chat_template": "x"}, "'chat_template' is not known; allowed is max_tiles", messages),
