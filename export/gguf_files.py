@@ -13,11 +13,9 @@ import torch
 from gguf import GGMLQuantizationType, GGUFWriter, quants
 
 from ..conversion.writer import is_finite, naming
-from .gguf_tensors import GgufTensor
+from .gguf_tensors import VALUES_AT_ONCE, GgufTensor
 
 
-# Rows that are converted at once: a piece, in float32 and in its copy, bounds the memory.
-VALUES_AT_ONCE = 4 << 20
 # The disk is kept busy while pieces are made: all at once in the end would take as long again.
 _SYNC_BYTES = 256 << 20
 

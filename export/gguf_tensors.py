@@ -36,6 +36,8 @@ from ..rope_mono_internvl import MonoInternVLRotaryEmbedding
 from ..vision_mono_internvl import MonoInternVLVisionEmbeddings
 
 
+# Values of a piece: 2 MB in bfloat16.
+VALUES_AT_ONCE = 1 << 20
 GROUP = 32
 # So small that it adds nothing to a norm (1e-6 of the squares of 2048 channels of 0.02), and exact in all types but
 # the quantised ones, which keep its sign.
@@ -92,7 +94,9 @@ class Weights:
         return self._outputs[name].dtype
 
     def pieces(self, name: str) -> Rows:
-        return produce(self._outputs[name], self._plan, self._checkpoint)
+        """Small ones: what is done with them then happens in a core's cache, and no new memory is asked for."""
+        for piece in produce(self._outputs[name], self._plan, self._checkpoint):
+            yield from piece.split(max(VALUES_AT_ONCE // max(piece[0].numel(), 1), 1))
 
     def read(self, name: str) -> torch.Tensor:
         return torch.cat(list(self.pieces(name)))
