@@ -24,6 +24,8 @@ from ..queries_mono_internvl import check_same_queries
 
 # The nano travels with the package, beside the model's code.
 BUNDLED_MODEL = Path(__file__).resolve().parent.parent
+# Its name where a model has to be named: a recipe, a harness.
+BUNDLED_NAME = "nano"
 # None: the checkpoint's own.
 DTYPES = {"auto": None, "bfloat16": torch.bfloat16, "float32": torch.float32}
 FLOAT16 = ("float16", "fp16", "half")
@@ -35,6 +37,8 @@ class ModelError(ValueError):
 
 def resolve_model(model: str | None) -> str:
     """What `load_model` gets: a folder that exists, of a model or of a LoRA adapter, or a Hub id.
+
+    Nothing, or `nano` where no folder has that name, is the bundled model.
 
     Raises:
         ModelError: neither, or an adapter without its base; names it.
@@ -48,9 +52,13 @@ def resolve_model(model: str | None) -> str:
         return str(path)
     if path.exists():
         raise ModelError(f"{model} is a file, not a model folder")
+    if model == BUNDLED_NAME:
+        return str(BUNDLED_MODEL)
     is_hub_id = model.count("/") == 1 and not model.startswith(("/", ".", "~")) and not model.endswith("/")
     if not is_hub_id or "\\" in model:
-        raise ModelError(f"no such model folder: {model} (a Hub id looks like owner/name)")
+        raise ModelError(
+            f"no such model folder: {model} (a Hub id looks like owner/name, the bundled model is {BUNDLED_NAME})"
+        )
     return model
 
 

@@ -1,14 +1,10 @@
-"""Scores answers about the plate world: exact words, captions as multisets, boxes by overlap.
-
-score_answers([("color", "red", "Red."), ("caption", "a red circle and a blue star", answer)])
--> {"color": (1, 1), "caption": (0, 1)}
-"""
+"""Which answers are right: exact words; of the plate world captions as multisets, boxes by overlap."""
 
 from __future__ import annotations
 
 import re
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 
 from ..plates.words import COLORS, COUNT_WORDS, SHAPES
 
@@ -88,12 +84,3 @@ def is_correct(category: str, expected: str, given: str) -> bool:
     if category == "box":
         return answer_iou(expected, given) >= BOX_IOU_THRESHOLD
     return normalize_answer(given) == normalize_answer(expected)
-
-
-def score_answers(records: Iterable[tuple[str, str, str]]) -> dict[str, tuple[int, int]]:
-    """Counts right answers: records of (category, expected, given) -> {category: (correct, total)}."""
-    scores: dict[str, tuple[int, int]] = {}
-    for category, expected, given in records:
-        correct, total = scores.get(category, (0, 0))
-        scores[category] = (correct + is_correct(category, expected, given), total + 1)
-    return scores

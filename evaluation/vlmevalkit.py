@@ -121,7 +121,7 @@ def main(arguments: list[str]) -> None:
     # VLMEvalKit makes files of these names.
     names = [model.strip("/").replace("/", "--") for model in arguments[start:end]]
     for name, model in zip(names, arguments[start:end], strict=True):
-        register(name, None if model == "nano" else model)
+        register(name, model)
     sys.argv = ["vlmeval", *arguments[:start], *names, *arguments[end:]]
     run.load_env()
     run.main()

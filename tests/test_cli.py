@@ -28,9 +28,13 @@ from mono_internvl.common.tiling import MAX_WIDTH, cut, draw_tiling
 from mono_internvl.configuration_mono_internvl import VISUAL_ATTENTION_EXPERTS
 from mono_internvl.conversion.convert import LAYOUTS
 from mono_internvl.evaluation import plates
+from mono_internvl.evaluation import records as evaluation_records
+from mono_internvl.evaluation.answers import answer_conversations
+from mono_internvl.evaluation.records import answer_records, questions_of
 from mono_internvl.image_loading_mono_internvl import DEFAULT_MAX_PIXELS
 from mono_internvl.processing_mono_internvl import GroundedBox
 from mono_internvl.training import stages
+from mono_internvl.training.sources import FileRecords
 from mono_internvl_cli import common
 from mono_internvl_cli.chat import converse, split_words
 
@@ -860,6 +864,70 @@ def test_evaluate_command(folder, tmp_path):
     assert written["total"] == 8 and len(written["outcomes"]) == 8 and written["median_iou"] == 0
     assert set(written["categories"]) == {"shape", "color", "count", "number", "position", "caption", "box"}
     assert "no such folder" in failure("evaluate", "--model", folder, "--json", tmp_path / "no" / "out.json")
+
+
+@pytest.fixture
+def records(tmp_path) -> Path:
+    """Six answers in three records: one of two turns, one of two pictures and one that is not learnt, one of text."""
+    for i, size in enumerate(((56, 56), (200, 90), (60, 160))):
+        Image.effect_noise(size, 60).convert("RGB").save(tmp_path / f"{i}.png")
+    ask, answer = {"role": "user", "content": "What?"}, {"role": "assistant", "content": "red"}
+    look = {"role": "user", "content": [{"type": "image"}, {"type": "text", "text": " And "}, {"type": "image"}]}
+    rows = [
+        {"image": "0.png", "conversations": [{"from": "human", "value": "Q"}, {"from": "gpt", "value": "Red."}] * 2},
+        {"images": ["1.png", "2.png"], "messages": [look, answer, ask, {**answer, "train": False}, ask, answer]},
+        {"messages": [{"role": "system", "content": "Be brief."}, ask, answer], "category": "color"},
+    ]
+    (tmp_path / "records.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    return tmp_path / "records.jsonl"
+
+
+def test_records_are_asked_as_chat_would_be(folder, records, monkeypatch):
+    model = MonoInternVLForCausalLM.from_pretrained(folder).eval()
+    processor = MonoInternVLProcessor.from_pretrained(folder)
+    source = FileRecords(records)
+    asked = [q for i in range(3) for q in questions_of(source[i].messages, source[i].category or "questions")]
+    # Two of the first, of the second the learnt first and last, one of the third.
+    assert [len(q.messages) for q in asked] == [1, 3, 1, 5, 2]
+    assert [q.expected for q in asked] == ["Red.", "Red.", "red", "red", "red"]
+    monkeypatch.setattr(evaluation_records, "MAX_NEW_TOKENS", 6)
+    seen = []
+    results = answer_records(model, processor, asked, batch_size=2, progress=seen.append)
+    assert seen[-1] == 5 and [outcome.place for outcome in results.outcomes] == list(range(5))
+    assert results.outcomes[2].question == "<image> And <image>" and results.outcomes[1].question == "Q"
+    for outcome, q in zip(results.outcomes, asked, strict=True):
+        alone = answer_conversations(model, processor, [q.messages], max_new_tokens=11)
+        assert [outcome.given] == alone
+    # What is right is right whatever its case and its period.
+    given = iter(["red", "blue", "RED", "a red", "red."])
+    monkeypatch.setattr(evaluation_records, "answer_conversations", lambda *_, **__: [next(given)])
+    results = answer_records(model, processor, asked, batch_size=1)
+    assert results.scores["color"][1] == 1 and sum(right for right, _ in results.scores.values()) == 3
+    with pytest.raises(ValueError, match="no answer to ask for"):
+        list(questions_of([{"role": "user", "content": "?"}]))
+
+
+def test_evaluate_own_records(folder, records, tmp_path):
+    out = tmp_path / "results.json"
+    result = run("evaluate", "--model", folder, "--data", records, "--json", out, "--show-errors", 1, "--batch-size", 2)
+    assert result.exit_code == 0, result.stderr
+    assert "questions" in result.stdout and "expected 'Red.'" in result.stdout and "median" not in result.stdout
+    written = json.loads(out.read_text())
+    assert written["total"] == written["count"] == 5 and set(written["categories"]) == {"questions", "color"}
+    assert written["data"] == str(records)
+    # As `train` is told of a source; the first questions alone.
+    source = f"[{{path: {records}, max_tiles: 1}}]"
+    result = run("evaluate", "--model", folder, "--data", source, "--count", 3, "--json", out)
+    assert result.exit_code == 0 and json.loads(out.read_text())["total"] == 3
+    assert "no data file gone.jsonl" in failure("evaluate", "--model", folder, "--data", "gone.jsonl")
+    records.write_text('{"messages": [{"role": "user", "content": "What?"}]}')
+    assert "records.jsonl, line 1: the conversation holds no" in failure("evaluate", "--data", records)
+
+
+@pytest.mark.parametrize("options", [["--boxes", 2], ["--seed", 0]])
+def test_evaluate_refuses_the_plate_worlds_options_beside_records(records, options):
+    result = run("evaluate", "--data", records, *options)
+    assert result.exit_code == 2 and "leave them out" in " ".join(result.stderr.split())
 
 
 # ---------------------------------------------------------------------------------------------------------------- nano

@@ -14,8 +14,9 @@ import numpy as np
 import pytest
 from PIL import Image, ImageChops, ImageFont
 
-from mono_internvl.evaluation.plates import Outcome, Results
-from mono_internvl.evaluation.scoring import box_iou, is_correct, parse_box, parse_caption, score_answers
+from mono_internvl.evaluation.answers import Outcome
+from mono_internvl.evaluation.plates import PlateResults
+from mono_internvl.evaluation.scoring import box_iou, is_correct, parse_box, parse_caption
 from mono_internvl.plates import evaluation_pictures
 from mono_internvl.plates.drawing import draw_plate
 from mono_internvl.plates.fonts import HELD_OUT_FONTS, training_fonts
@@ -342,16 +343,19 @@ def test_boxes_of_the_evaluation_are_where_the_shapes_are():
 
 
 def test_scores():
-    records = [
-        ("color", "red", " Red.\n"),
-        ("color", "red", "dark red"),
-        ("caption", "two blue stars and a green square", "a green square, a blue star and a blue star"),
-        ("caption", "a red circle", "a red circle and a dog"),
-        ("caption", "a red circle and the number 42", "an red circle, the number 42."),
-        ("box", "<box>[[100, 100, 200, 200]]</box>", "<box>[[110, 100, 200, 200]]</box>"),
-        ("box", "<box>[[100, 100, 200, 200]]</box>", "top left"),
-    ]
-    assert score_answers(records) == {"color": (1, 2), "caption": (2, 3), "box": (1, 2)}
+    for category, expected, right, wrong in (
+        ("color", "red", " Red.\n", "dark red"),
+        (
+            "caption",
+            "two blue stars and a green square",
+            "a green square, a blue star and a blue star",
+            "two blue stars",
+        ),
+        ("caption", "a red circle", "an red circle", "a red circle and a dog"),
+        ("caption", "a red circle and the number 42", "an red circle, the number 42.", "a red circle"),
+        ("box", "<box>[[100, 100, 200, 200]]</box>", "<box>[[110, 100, 200, 200]]</box>", "top left"),
+    ):
+        assert is_correct(category, expected, right) and not is_correct(category, expected, wrong)
     with pytest.raises(ValueError, match="plate world's words"):
         is_correct("caption", "a cat", "a cat")
 
@@ -362,8 +366,8 @@ def test_the_median_overlap_counts_answers_without_a_box_as_none():
 
     right, half = "<box>[[0, 0, 10, 10]]</box>", "<box>[[0, 0, 10, 5]]</box>"
     boxes = [outcome("box", right, given) for given in (right, half, "a red circle")]
-    assert Results([*boxes, outcome("color", "red", "blue")], 1.0).median_iou == 0.5
-    assert Results([outcome("color", "red", "blue")], 1.0).median_iou is None
+    assert PlateResults([*boxes, outcome("color", "red", "blue")], 1.0).median_iou == 0.5
+    assert PlateResults([outcome("color", "red", "blue")], 1.0).median_iou is None
 
 
 def test_box_iou():

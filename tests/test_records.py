@@ -14,7 +14,8 @@ from PIL import Image
 
 from conftest import ROOT
 from helpers_video import numbered, write_video
-from mono_internvl.training.data import encode_conversation, picture_sizes
+from mono_internvl.common.record import picture_sizes
+from mono_internvl.training.data import encode_conversation
 from mono_internvl.training.loading import Conversations, Key
 from mono_internvl.training.records import BadSample, read_record
 from mono_internvl.training.sources import FileRecords, Source, open_sources

@@ -21,6 +21,7 @@ from conftest import ROOT, load_golden, tiny_model
 from mono_internvl import MonoInternVLForCausalLM, MonoInternVLProcessor
 from mono_internvl.common.compiling import compile_layers, uncompile_layers
 from mono_internvl.common.parameters import GROUPS, group_of
+from mono_internvl.common.record import picture_sizes
 from mono_internvl.image_processing_mono_internvl import choose_grid
 from mono_internvl.plates.drawing import draw_plate
 from mono_internvl.plates.tasks import TASKS, PlateWorld, name_patches
@@ -28,7 +29,7 @@ from mono_internvl.plates.words import Item, Plate
 from mono_internvl.training import curves
 from mono_internvl.training.backend import choose_backend
 from mono_internvl.training.checkpoints import WholeCheckpoints, checkpoints
-from mono_internvl.training.data import Collator, PackCollator, encode_conversation, picture_sizes, target_weights
+from mono_internvl.training.data import Collator, PackCollator, encode_conversation, target_weights
 from mono_internvl.training.groups import count_parameters, grouped_parameters, linear_modules
 from mono_internvl.training.loading import (
     Batches,
@@ -623,6 +624,7 @@ def test_bad_samples_are_skipped_on_request_and_too_many_fail(tmp_path, folder, 
         ({"max_length": 10}, ("max_length", "10")),
         ({"batch_size": 400, "steps": None, "epochs": 1}, ("no batch of 400",)),
         ({"model": "nano/text"}, ("nano/text", "has not been trained")),
+        ({"model": "./gone"}, ("no such model folder: ./gone", "the bundled model is nano")),
         ({"data": ["gone.jsonl"]}, ("gone.jsonl",)),
         ({"data": [{"plate_world": "tex"}]}, ("'tex'", "noisy_captions")),
         ({"data": [{"plate_world": "captions", "questions": 2}]}, ("plate_world/captions", "instructions")),

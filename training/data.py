@@ -5,19 +5,16 @@ and no attention mask is given, which is how attention knows where one ends (Fla
 kernel, flex and eager by a block mask, sdpa sample by sample).
 """
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import torch
-from PIL import Image
 
-from ..image_processing_mono_internvl import exif_orientation, load_image
 from ..processing_mono_internvl import MonoInternVLProcessor
 from ..tiling_mono_internvl import PATCH_DIM
 
 
 IGNORED = -100
-_ON_ITS_SIDE = (5, 6, 7, 8)
 
 Example = dict[str, torch.Tensor]
 
@@ -62,32 +59,6 @@ def _without(answers: torch.Tensor, learns: list[bool]) -> torch.Tensor:
         raise ValueError("an answer is empty, so that those not to be learnt cannot be told from the others")
     number = (starts.cumsum(0) - 1).clamp(min=0)
     return answers * torch.tensor(learns)[number]
-
-
-def picture_sizes(messages: Iterable[dict[str, Any]]) -> list[tuple[int, int]]:
-    """Width and height of every picture of a conversation as it is seen; of a file only the header is read."""
-    sizes = []
-    for message in messages:
-        for part in message["content"] if isinstance(message["content"], list) else []:
-            if part["type"] != "image":
-                continue
-            sizes.append(_size_in_header(part["image"]) or load_image(part["image"]).size)
-    return sizes
-
-
-def _size_in_header(picture: Any) -> tuple[int, int] | None:
-    """Width and height of a file as it is seen, or None where only reading the picture tells, or what is wrong."""
-    if not isinstance(picture, str) or picture.lower().startswith(("http://", "https://", "data:")):
-        return None
-    try:
-        with Image.open(picture) as opened:
-            width, height = opened.size
-            # Pillow decodes a PNG to look for EXIF behind the pixels, where nobody writes it.
-            has_exif = opened.format != "PNG" or "exif" in opened.info
-            turned = has_exif and exif_orientation(opened, picture) in _ON_ITS_SIDE
-    except (OSError, ValueError, Image.DecompressionBombError):
-        return None
-    return (height, width) if turned else (width, height)
 
 
 def target_weights(labels: torch.Tensor, weighting: str) -> torch.Tensor:

@@ -15,10 +15,10 @@ import numpy as np
 import torch
 from torch.utils.data import Dataset, Sampler, get_worker_info
 
-from ..common.record import Record
+from ..common.record import Record, picture_sizes
 from ..processing_mono_internvl import MonoInternVLProcessor
 from ..tiling_mono_internvl import PATCH_DIM
-from .data import Collator, Example, PackCollator, encode_conversation, picture_sizes
+from .data import Collator, Example, PackCollator, encode_conversation
 from .records import BadSample
 from .sources import Source, reading
 

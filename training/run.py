@@ -13,6 +13,7 @@ from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM, TrainingA
 from transformers.integrations import is_tensorboard_available
 
 from ..common.files import write_json
+from ..common.models import resolve_model
 from ..image_processing_mono_internvl import MonoInternVLImageProcessor
 from ..modeling_mono_internvl import MonoInternVLForCausalLM
 from ..plates.tasks import PlateWorld
@@ -230,6 +231,7 @@ def _start(
         source = str(runs / source / "model")
         if not Path(source).is_dir():
             raise FileNotFoundError(f"{stage.model} has not been trained: {source} does not exist")
+    source = resolve_model(source)
     if stage.expand is not None:
         source = str(_expanded(source, stage, folder, state))
     processor = _processor(stage.tokenizer or source)

@@ -145,7 +145,9 @@ class FileRecords:
             if count_marks(messages):
                 # Strings that hold a mark have become parts where a picture is given.
                 self._tell(where, "a question holds <image> and the record gives no picture: there it is a word")
-            return Record(self._from_a_question(messages, where), where, self.max_tiles)
+            category = None if "category" in self.ignore else row.get("category")
+            category = category if isinstance(category, str) and category else None
+            return Record(self._from_a_question(messages, where), where, self.max_tiles, category=category)
 
     def row(self, index: int) -> tuple[Any, str]:
         """A record as it lies there, and its name.

@@ -183,7 +183,8 @@ def load_stage(recipe: str | Path, overrides: Mapping[str, Any] | None = None) -
         FileNotFoundError: no such recipe; names the closest.
         ValueError: an unknown key or group (names the closest), or a value of the wrong kind; names the recipe.
     """
-    values = {**_read(recipe), **{key.replace("-", "_"): _parse(value) for key, value in (overrides or {}).items()}}
+    changes = {key.replace("-", "_"): read_override(value) for key, value in (overrides or {}).items()}
+    values = {**_read(recipe), **changes}
     fields = {field.name: field for field in dataclasses.fields(Stage)}
     hints = typing.get_type_hints(Stage)
     try:
@@ -191,9 +192,8 @@ def load_stage(recipe: str | Path, overrides: Mapping[str, Any] | None = None) -
             if key not in fields:
                 raise ValueError(_unknown(key, list(fields), "key"))
         # An override of one length replaces the recipe's other.
-        given = {key.replace("-", "_") for key in overrides or {}}
         for one, other in (("steps", "epochs"), ("epochs", "steps"), ("model", "dense")):
-            if one in given and other not in given:
+            if one in changes and other not in changes:
                 values[other] = None
         return Stage(**{key: _fit(key, value, hints[key]) for key, value in values.items()})
     except ValueError as error:
@@ -216,7 +216,8 @@ def _read(recipe: str | Path) -> dict[str, Any]:
     return values if base is None else {**_read(base), **values}
 
 
-def _parse(value: Any) -> Any:
+def read_override(value: Any) -> Any:
+    """A value of the command line: strings are YAML."""
     return yaml.safe_load(value) if isinstance(value, str) else value
 
 
