@@ -177,6 +177,28 @@ def test_overrides_are_read_as_yaml_and_lengths_replace_each_other():
     assert load_stage("nano/text", {"epochs": "2"}).steps is None
 
 
+def test_a_base_is_a_file_beside_the_recipe_or_a_recipe_of_the_package(tmp_path, monkeypatch):
+    (tmp_path / "first.yaml").write_text("base: nano/_base\nmodel: nano\ntrains: [text]\nsteps: 3\ndata: [a.jsonl]\n")
+    (tmp_path / "second.yaml").write_text("base: first.yaml\nsteps: 4\n")
+    monkeypatch.chdir("/")
+    stage = load_stage(tmp_path / "second.yaml")
+    assert (stage.steps, stage.data, stage.padding_free) == (4, ["a.jsonl"], True)
+    (tmp_path / "second.yaml").write_text("base: third.yaml\n")
+    assert f"no recipe {tmp_path / 'third.yaml'}" in error_of(
+        load_stage, tmp_path / "second.yaml", kind=FileNotFoundError
+    )
+    (tmp_path / "third.yaml").write_text("base: second.yaml\n")
+    assert "its base leads back to it" in error_of(load_stage, tmp_path / "second.yaml")
+
+
+@pytest.mark.skipif(not (ROOT / "model.safetensors").exists(), reason="the nano is not in the repository")
+def test_the_bundled_model_has_a_name(tmp_path, data):
+    path = recipe(tmp_path, Path("nano"), data, steps=1, batch_size=2, max_length=1024, trains=["visual_embedding"])
+    trained = MonoInternVLForCausalLM.from_pretrained(run_stage(path, runs=tmp_path / "runs"))
+    bundled = MonoInternVLForCausalLM.from_pretrained(ROOT, dtype=torch.float32)
+    assert torch.equal(trained.get_input_embeddings().weight, bundled.get_input_embeddings().weight)
+
+
 # -------------------------------------------------------------------------------------------------------------- groups
 
 

@@ -3,7 +3,8 @@
     load_stage("mono-internvl-2b/s1_1_concept")          a recipe of this package, by name
     load_stage("my.yaml", {"learning_rate": "5e-5"})     a file, with what the command line overrides
 
-Every key is a field of `Stage`, and nothing else is accepted. A recipe may start from another with `base: NAME`.
+Every key is a field of `Stage`, and nothing else is accepted. A recipe may start from another with `base: NAME`, or
+`base: FILE.yaml` for a file beside it.
 """
 
 import dataclasses
@@ -27,6 +28,8 @@ from .distillation import read_distillation
 RECIPES = Path(__file__).with_name("recipes")
 SCHEDULES = ("constant_with_warmup", "cosine", "cosine_with_min_lr", "linear")
 WEIGHTINGS = ("token", "sample", "square")
+# Of recipes that are files of your own.
+SUFFIXES = (".yaml", ".yml")
 
 
 @dataclass(frozen=True)
@@ -200,9 +203,10 @@ def load_stage(recipe: str | Path, overrides: Mapping[str, Any] | None = None) -
         raise ValueError(f"recipe {recipe}: {error}") from error
 
 
-def _read(recipe: str | Path) -> dict[str, Any]:
+def _read(recipe: str | Path, above: tuple[Path, ...] = ()) -> dict[str, Any]:
+    """What a recipe says, over what its base says; `above`: the files that led here."""
     path = Path(recipe)
-    if path.suffix not in (".yaml", ".yml"):
+    if path.suffix not in SUFFIXES:
         path = RECIPES / f"{recipe}.yaml"
     if not path.is_file():
         raise FileNotFoundError(f"no recipe {recipe}: {_unknown(str(recipe), recipe_names(), 'recipe')}")
@@ -213,7 +217,13 @@ def _read(recipe: str | Path) -> dict[str, Any]:
     if not isinstance(values, dict):
         raise ValueError(f"{path}: a recipe is a mapping of keys, not {type(values).__name__}")
     base = values.pop("base", None)
-    return values if base is None else {**_read(base), **values}
+    if base is None:
+        return values
+    if path in above:
+        raise ValueError(f"{path}: its base leads back to it")
+    # A file beside the one that names it, or a recipe of this package.
+    beside = path.parent / str(base)
+    return {**_read(beside if beside.suffix in SUFFIXES else str(base), (*above, path)), **values}
 
 
 def read_override(value: Any) -> Any:
