@@ -2,21 +2,29 @@
 
 import importlib
 import importlib.util
+import json
 import os
 import re
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import torch
+import typer
+from PIL import Image, ImageDraw
 from transformers import AutoTokenizer
 
 from conftest import ROOT
+from helpers_cli import run
 from mono_internvl import MonoInternVLForCausalLM
 from mono_internvl.training.data import Collator
+from mono_internvl.training.run import run_stage
+from mono_internvl.training.sources import FileRecords
 
 
 EXAMPLES, CONFIGS = ROOT / "examples", ROOT / "training" / "configs"
+EASY_VQA = EXAMPLES / "easy_vqa"
 PLATES = EXAMPLES / "plates.jsonl"
 pytestmark = pytest.mark.skipif(not (ROOT / "model.safetensors").exists(), reason="the nano is not in the repository")
 
@@ -24,6 +32,7 @@ pytestmark = pytest.mark.skipif(not (ROOT / "model.safetensors").exists(), reaso
 @pytest.fixture
 def example(monkeypatch):
     """Imports an example as a script's folder lets it be imported."""
+    monkeypatch.syspath_prepend(str(EASY_VQA))
     monkeypatch.syspath_prepend(str(EXAMPLES))
     return importlib.import_module
 
@@ -242,3 +251,108 @@ def test_old_chat_takes_typed_control_tokens_as_text(example, tokenizer):
     model.register_forward_pre_hook(lambda m, args, kwargs: seen.append(kwargs["input_ids"]), with_kwargs=True)
     legacy.chat(model, tokenizer, torch.zeros(1, 3, 224, 224), "<IMG_CONTEXT><|im_end|>", {"max_new_tokens": 1})
     assert (seen[0] == model.config.image_token_id).sum() == 64
+
+
+# ----------------------------------------------------------------------------------------------------------- easy-VQA
+
+
+ANSWERED = [("what color is the shape?", "red"), ("is there a circle?", "yes"), ("what shape is present?", "circle")]
+ANSWERED += [("is no teal shape present?", "yes"), ("is there a triangle?", "no")]
+
+
+class FakeEasyVQA:
+    """The functions of the package `easy_vqa`, over ten drawn pictures of training and two to test with."""
+
+    def __init__(self, folder):
+        self.paths = {"train": {}, "test": {}}
+        for split, count in (("train", 10), ("test", 2)):
+            (folder / split / "images").mkdir(parents=True)
+            for number in range(count):
+                image = Image.new("RGB", (64, 64), "white")
+                ImageDraw.Draw(image).ellipse((10, 10, 20 + 3 * number, 20 + 3 * number), fill="red")
+                self.paths[split][number] = str(folder / split / "images" / f"{number}.png")
+                image.save(self.paths[split][number])
+
+    def get_train_image_paths(self):
+        return self.paths["train"]
+
+    def get_test_image_paths(self):
+        return self.paths["test"]
+
+    def get_train_questions(self):
+        return [list(column) for column in zip(*((q, a, i) for i in range(10) for q, a in ANSWERED), strict=True)]
+
+    def get_test_questions(self):
+        return [list(column) for column in zip(*((q, a, i) for i in (1, 0) for q, a in ANSWERED), strict=True)]
+
+
+@pytest.fixture
+def easy_vqa(example, tmp_path, monkeypatch):
+    """A folder of the example's records, where `data/easy_vqa` is what its recipes name."""
+    monkeypatch.setitem(sys.modules, "easy_vqa", FakeEasyVQA(tmp_path / "package"))
+    monkeypatch.chdir(tmp_path)
+    example("make_records").main(Path("data/easy_vqa"))
+    return tmp_path / "data" / "easy_vqa"
+
+
+def test_easy_vqa_becomes_records(easy_vqa):
+    def rows(name):
+        return [json.loads(line) for line in (easy_vqa / f"{name}.jsonl").read_text().splitlines()]
+
+    train, val, test = rows("train"), rows("val"), rows("test")
+    # Nine pictures of five questions, four in a record and one; a picture to choose by; two to test with.
+    assert [len(row["conversations"]) for row in train] == [8, 2] * 9
+    assert len(val) == 5 and len({row["image"] for row in val}) == 1 and len(test) == 10
+    assert not {row["image"] for row in train} & {row["image"] for row in val}
+    assert {row["category"] for row in test} == {"yes or no", "color", "shape"}
+    assert all("image" not in row and len(row["conversations"]) == 2 for row in rows("blind_train"))
+    assert len(rows("blind_train")) == 45 and len(rows("blind_test")) == 10
+    source = FileRecords(easy_vqa / "train.jsonl")
+    first = source[0].messages
+    assert first[0]["content"][1]["image"] == str(easy_vqa / train[0]["image"])
+    assert (easy_vqa / train[0]["image"]).stat().st_size and [m["role"] for m in first] == ["user", "assistant"] * 4
+    assert sum(m["content"][-1:] == [{"type": "image"}] for m in first) == 0
+
+
+def test_easy_vqa_of_the_package(example):
+    # The example's folder has the package's name, and is found where the package is not.
+    package = importlib.import_module("easy_vqa")
+    if package.__file__ is None:
+        pytest.skip("easy-vqa, the data set's package, is not installed")
+    make = example("make_records")
+    questions = make.by_picture(*package.get_train_questions())
+    assert len(questions) == 4000 and sum(map(len, questions.values())) == 38575
+    assert {make.category_of(answer) for asked in questions.values() for _, answer in asked} == {
+        *("yes or no", "color", "shape")
+    }
+
+
+def test_easy_vqa_trains_scores_and_is_drawn(example, easy_vqa, tmp_path):
+    pytest.importorskip("matplotlib")
+    for name, trains in (("easy_vqa", "trains"), ("easy_vqa_lora", "adapters of 236,544 train")):
+        lines: list[str] = []
+        changes = {"steps": 1, "batch_size": 2, "save_steps": 1, "log_steps": 1}
+        run_stage(EASY_VQA / f"{name}.yaml", changes, write=lines.append)
+        states = {line.split()[0]: line.split(maxsplit=2)[2] for line in lines[1:5]}
+        others = {"trains"} if name == "easy_vqa" else {"frozen"}
+        assert states.pop("visual_experts") == trains and set(states.values()) == others
+        for model in (f"runs/{name}/model", f"runs/{name}/checkpoint-1"):
+            scores = tmp_path / "runs" / name / "val-1.json"
+            result = run("evaluate", "--model", model, "--data", "data/easy_vqa/val.jsonl", "--json", scores)
+            assert result.exit_code == 0, result.stderr
+            assert json.loads(scores.read_text())["total"] == 5
+    curves = example("curves")
+    curves.main(tmp_path / "runs", tmp_path / "curves.png")
+    assert Image.open(tmp_path / "curves.png").size == (900, 360)
+    assert [step for step, _ in curves.accuracies(tmp_path / "runs" / "easy_vqa")] == [1]
+    with pytest.raises(typer.BadParameter, match="holds no run of easy_vqa"):
+        curves.main(tmp_path / "data", tmp_path / "none.png")
+
+
+def test_what_the_question_alone_gives(example, easy_vqa, capsys):
+    baselines = example("baselines")
+    train = [("a?", "yes")] * 3 + [("a?", "no"), ("b?", "no")]
+    found = baselines.shares(train, [("a?", "yes"), ("b?", "yes"), ("b?", "no"), ("c?", "yes")])
+    assert list(found.values()) == [1 / 2, 3 / 4, 3 / 4]
+    baselines.main(easy_vqa)
+    assert capsys.readouterr().out.splitlines()[-1].endswith("100.0%")

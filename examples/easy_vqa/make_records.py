@@ -20,6 +20,8 @@ from typing import Any
 
 import typer
 
+from mono_internvl.common.files import written_whole
+
 
 COLORS = ("black", "blue", "brown", "gray", "green", "red", "teal", "yellow")
 SHAPES = ("circle", "rectangle", "triangle")
@@ -69,25 +71,26 @@ def records_of(
 
 def write(path: Path, records: Iterable[dict[str, Any]]) -> None:
     lines = [json.dumps(record) for record in records]
-    path.write_text("\n".join(lines) + "\n", encoding="utf-8")
+    with written_whole(path) as temporary:
+        temporary.write_text("\n".join(lines) + "\n", encoding="utf-8")
     typer.echo(f"{path}: {len(lines):,} records")
 
 
 def main(out: Path, turns: int = 4, validation: float = 0.1, seed: int = 0) -> None:
     """Write the records and pictures of easy-VQA to OUT, TURNS questions in a record of training."""
-    import easy_vqa
+    try:
+        from easy_vqa import get_test_image_paths, get_test_questions, get_train_image_paths, get_train_questions
+    except ImportError as error:
+        raise typer.BadParameter("the data set is a package of PyPI: pip install easy-vqa") from error
 
-    for split, pictures in (
-        ("train", easy_vqa.get_train_image_paths()),
-        ("test", easy_vqa.get_test_image_paths()),
-    ):
+    for split, pictures in (("train", get_train_image_paths()), ("test", get_test_image_paths())):
         folder = out / "pictures" / split
         folder.mkdir(parents=True, exist_ok=True)
         for path in pictures.values():
             shutil.copyfile(path, folder / Path(path).name)
 
     rng = random.Random(seed)
-    questions = by_picture(*easy_vqa.get_train_questions())
+    questions = by_picture(*get_train_questions())
     for asked in questions.values():
         # The package lists them in no order; another seed puts others together.
         rng.shuffle(asked)
@@ -97,7 +100,7 @@ def main(out: Path, turns: int = 4, validation: float = 0.1, seed: int = 0) -> N
     parts = {
         "train": ("train", {number: asked for number, asked in questions.items() if number not in held}),
         "val": ("train", {number: asked for number, asked in questions.items() if number in held}),
-        "test": ("test", by_picture(*easy_vqa.get_test_questions())),
+        "test": ("test", by_picture(*get_test_questions())),
     }
     for name, (split, part) in parts.items():
         write(out / f"{name}.jsonl", records_of(split, part, turns=turns if name == "train" else 1))
