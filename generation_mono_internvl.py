@@ -146,13 +146,14 @@ class MonoInternVLGenerationMixin(GenerationMixin):
 
     def _prefill(self, input_ids, generation_config, model_kwargs, *args, **kwargs):  # type: ignore[no-untyped-def]
         has_images = model_kwargs.get("pixel_values") is not None or model_kwargs.get("mm_encoder_outputs")
-        can_slice = hasattr(generation_utils, "_slice_mm_encoder_output")
-        if generation_config.prefill_chunk_size is not None and has_images and not can_slice:
-            raise ValueError(
-                "prefill_chunk_size with pictures needs transformers >= 5.23; older ones give each chunk all pictures"
-            )
-        if generation_config.prefill_chunk_size is not None and has_images and self.config.num_learnable_queries:  # type: ignore[attr-defined]
-            raise ValueError("prefill_chunk_size may cut a block of learnable queries in two; leave it out")
+        if generation_config.prefill_chunk_size is not None and has_images:
+            # What no version can do comes first: the other reason would send its reader to a newer one for nothing.
+            if self.config.num_learnable_queries:  # type: ignore[attr-defined]
+                raise ValueError("prefill_chunk_size may cut a block of learnable queries in two; leave it out")
+            if not hasattr(generation_utils, "_slice_mm_encoder_output"):
+                raise ValueError(
+                    "prefill_chunk_size with pictures needs transformers >= 5.23; older ones give each chunk all pictures"
+                )
         return super()._prefill(input_ids, generation_config, model_kwargs, *args, **kwargs)  # type: ignore[misc]
 
     # ---- continuous batching

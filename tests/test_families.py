@@ -888,4 +888,3 @@ def test_the_folders_stand_alone(made, tmp_path):
         with torch.no_grad():
             logits = one.model(torch.arange(20, 60)[None]).logits.sum().item()
         assert alone["logits"] == pytest.approx(logits, rel=1e-4) and alone["same"]
-    assert ROOT.name == "mono_internvl"
