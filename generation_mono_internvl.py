@@ -152,7 +152,8 @@ class MonoInternVLGenerationMixin(GenerationMixin):
                 raise ValueError("prefill_chunk_size may cut a block of learnable queries in two; leave it out")
             if not hasattr(generation_utils, "_slice_mm_encoder_output"):
                 raise ValueError(
-                    "prefill_chunk_size with pictures needs transformers >= 5.23; older ones give each chunk all pictures"
+                    "prefill_chunk_size with pictures needs transformers >= 5.23; "
+                    "older ones give each chunk all pictures"
                 )
         return super()._prefill(input_ids, generation_config, model_kwargs, *args, **kwargs)  # type: ignore[misc]
 
