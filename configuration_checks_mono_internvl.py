@@ -75,6 +75,20 @@ def check_placement(count: Any, placement: Any) -> None:
         raise ValueError(f"query_placement={placement!r} must be one of {', '.join(QUERY_PLACEMENTS)}")
 
 
+def check_grids(count: int, grids: Any) -> list[int]:
+    """The sides of the grids of `count` learnable queries, at least one; `grids` None: the default.
+
+    Raises:
+        ValueError: they do not fit; names both.
+    """
+    if grids is None:
+        grids = [8, 6] if count == 100 else [math.isqrt(count)]
+    whole = isinstance(grids, (list, tuple)) and all(type(side) is int and side > 0 for side in grids)
+    if not whole or sum(side * side for side in grids) != count:
+        raise ValueError(f"query_grids={grids!r} must be sides of squares of {count} queries together")
+    return list(grids)
+
+
 def check_queries(config: Any) -> list[int] | None:
     """The sides of the grids of a configuration's learnable queries; None where there are none.
 
@@ -87,18 +101,14 @@ def check_queries(config: Any) -> list[int] | None:
         if grids or token is not None:
             raise ValueError(f"query_grids={grids!r} and query_token_id={token!r} need num_learnable_queries")
         return None
-    if grids is None:
-        grids = [8, 6] if count == 100 else [math.isqrt(count)]
-    whole = isinstance(grids, (list, tuple)) and all(type(side) is int and side > 0 for side in grids)
-    if not whole or sum(side * side for side in grids) != count:
-        raise ValueError(f"query_grids={grids!r} must be sides of squares of {count} queries together")
+    grids = check_grids(count, grids)
     taken = (config.image_token_id, config.image_start_token_id, config.image_end_token_id)
     if type(token) is not int or not 0 <= token < config.text_config.vocab_size or token in taken:
         raise ValueError(
             f"query_token_id={token!r} must be an id of its own in the vocabulary of {config.text_config.vocab_size}, "
             f"not one of a picture's: the placeholder of the {count} learnable queries"
         )
-    return list(grids)
+    return grids
 
 
 def check_rope(parameters: dict[str, Any]) -> str:

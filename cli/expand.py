@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
@@ -27,6 +27,20 @@ from .convert import (
 
 # `mono_internvl.configuration_mono_internvl.VISUAL_ATTENTION_EXPERTS`.
 VISUAL_ATTENTION_EXPERTS = ("none", "qkv", "qkvo")
+# `mono_internvl.configuration_checks_mono_internvl.QUERY_PLACEMENTS`.
+QUERY_PLACEMENTS = ("image", "question")
+
+
+def read_sides(text: str) -> list[int]:
+    """`8,6` -> [8, 6].
+
+    Raises:
+        typer.BadParameter: something else.
+    """
+    words = [word.strip() for word in text.split(",")]
+    if not all(word.isascii() and word.isdigit() and int(word) for word in words):
+        raise typer.BadParameter(f"{text!r} is not allowed: give sides of squares, such as 8,6")
+    return [int(word) for word in words]
 
 
 def expand(
@@ -37,9 +51,24 @@ def expand(
     ] = "none",
     vision_hidden_size: Annotated[int, typer.Option(min=1, metavar="N", help="channels of a 14-px patch")] = 1024,
     tile_size: Annotated[int, typer.Option(min=28, metavar="PX", help="side of a tile, a multiple of 28")] = 448,
+    num_learnable_queries: Annotated[
+        int, typer.Option(min=0, metavar="N", help="learnable queries of a picture (BREEN; there 100)")
+    ] = 0,
+    query_grids: Annotated[
+        Any,  # list[int] | None, which typer would take for an option that is given several times
+        typer.Option(
+            parser=read_sides, metavar="A,B", help="sides of their grids  [default: 8,6 for 100, else one square]"
+        ),
+    ] = None,
+    query_placement: Annotated[
+        str, typer.Option(metavar="WHERE", help="where they stand: behind each image, or behind the question")
+    ] = "image",
+    expert_gates: Annotated[
+        bool, typer.Option("--expert-gates", help="scale each expert's output by a gate (BREEN); changes text")
+    ] = False,
     dtype: Annotated[str, typer.Option(metavar="DTYPE", help="auto (the source's), bfloat16 or float32")] = "auto",
     max_shard_size: ShardOption = "1GB",
-    seed: Annotated[int, typer.Option(metavar="N", help="of the new visual embedding and input rows")] = 0,
+    seed: Annotated[int, typer.Option(metavar="N", help="of all that is new and drawn")] = 0,
     base_model: BaseModelOption = None,
     verify: VerifyOption = True,
     manifest: ManifestOption = False,
@@ -54,6 +83,7 @@ def expand(
     """
     check_publishing(push_to_hub, private, revision, dry_run)
     one_of(visual_attention_experts, VISUAL_ATTENTION_EXPERTS, "--visual-attention-experts")
+    one_of(query_placement, QUERY_PLACEMENTS, "--query-placement")
     check_dtype(dtype)
     from mono_internvl.conversion import expand_checkpoint
 
@@ -65,6 +95,10 @@ def expand(
             visual_attention_experts=visual_attention_experts,
             vision_hidden_size=vision_hidden_size,
             tile_size=tile_size,
+            num_learnable_queries=num_learnable_queries,
+            query_grids=query_grids,
+            query_placement=query_placement,
+            expert_gates=expert_gates,
             dtype=dtype,
             max_shard_size=max_shard_size,
             seed=seed,
@@ -74,4 +108,6 @@ def expand(
             progress=progress,
         )
     show(report)
+    if expert_gates and report.differences is not None:
+        typer.echo("the dense model was given the same expert gates for that: with them text is not what it was")
     publish(destination, push_to_hub, private, revision, dry_run)

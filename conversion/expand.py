@@ -2,16 +2,19 @@
 
 - V-experts, and visual attention experts where asked for, are copies of the text ones, so that every token is computed
   as before, whichever experts it is routed to.
-- The vocabulary grows by nine tokens behind the old ones, and by a pad token where the base has none. New output rows
-  are the mean of the old rows; new input rows are drawn with a standard deviation of 0.02. (A matrix that is both gets
-  the mean.)
-- Patch embedding, positions and projector are drawn with a standard deviation of 0.02, biases are 0, the projector's
-  LayerNorm is the identity. All draws depend on `seed` and the tensor's name.
+- The vocabulary grows by nine tokens behind the old ones, by one for learnable queries, and by a pad token where the
+  base has none. New output rows are the mean of the old rows; new input rows are drawn with a standard deviation of
+  0.02. (A matrix that is both gets the mean.)
+- Patch embedding, positions, projector, learnable queries and expert gates are drawn with a standard deviation of 0.02,
+  biases are 0, the projector's LayerNorm is the identity. All draws depend on `seed` and the tensor's name.
+- With expert gates (BREEN, arXiv 2503.12446) text is not what it was: sigmoid of a small number scales the output of
+  each feed-forward expert by about a half, until the gates are trained.
 """
 
 from __future__ import annotations
 
 import os
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +23,7 @@ import torch
 from ..common.files import read_json
 from ..common.models import DTYPES, check_dtype
 from ..compat_mono_internvl import IN_FLOAT16
-from ..configuration_checks_mono_internvl import BIASED_PROJECTIONS
+from ..configuration_checks_mono_internvl import BIASED_PROJECTIONS, check_grids, check_placement
 from ..configuration_mono_internvl import VISUAL_ATTENTION_EXPERTS, MonoInternVLConfig
 from .families import ASSUMED, Family, family_of, has_biases, list_families
 from .files import copy_licences, save_generation_config, save_native_config
@@ -54,6 +57,10 @@ def expand_checkpoint(
     visual_attention_experts: str = "none",
     vision_hidden_size: int = 1024,
     tile_size: int = 448,
+    num_learnable_queries: int = 0,
+    query_grids: Sequence[int] | None = None,
+    query_placement: str = "image",
+    expert_gates: bool = False,
     dtype: str | torch.dtype = "auto",
     max_shard_size: int | str = "1GB",
     seed: int = 0,
@@ -71,6 +78,8 @@ def expand_checkpoint(
         visual_attention_experts: `none`, `qkv` or `qkvo` (Mono-InternVL-1.5).
         vision_hidden_size: channels of a 14-px patch.
         tile_size: side of a tile in pixels, a multiple of 28.
+        num_learnable_queries, query_grids, query_placement, expert_gates: see `MonoInternVLConfig` and its
+            `text_config`; 0 and False: the model has none.
         dtype: `auto` (the source's), `bfloat16` or `float32`, by name or as a `torch.dtype`.
         max_shard_size: bytes of a weight file at most, such as `2GB`; a larger tensor has a file of its own.
         seed: of everything that is drawn.
@@ -92,6 +101,7 @@ def expand_checkpoint(
         raise ValueError(
             f"visual_attention_experts={visual_attention_experts!r} is not one of {', '.join(VISUAL_ATTENTION_EXPERTS)}"
         )
+    additions = read_additions(num_learnable_queries, query_grids, query_placement, expert_gates)
     parse_size(max_shard_size)
     destination = expand_user(destination)
     check_destination(destination)
@@ -103,6 +113,7 @@ def expand_checkpoint(
         "dtype": dtype,
         "seed": seed,
         "base_model": base_model,
+        **additions,
     }
     family = dense_family(folder)
     layout = family.layout
@@ -112,7 +123,9 @@ def expand_checkpoint(
         ids = {role: values[role] for role in ("bos_token_id", "eos_token_id", "pad_token_id")}
         if (folder / "generation_config.json").is_file():
             ids["stops"] = read_json(folder / "generation_config.json").get("eos_token_id")
-        extended = extended_tokenizer(folder, family, values["vocab_size"], {"stops": None, **ids})
+        extended = extended_tokenizer(
+            folder, family, values["vocab_size"], {"stops": None, **ids}, queries="num_learnable_queries" in additions
+        )
         config = _expanded_config(dense, layout, values, extended, options)
         plan = plan_expansion(config, dense, layout, new_rows=extended.new_rows, dtype=DTYPES[dtype], seed=seed)
 
@@ -129,10 +142,41 @@ def expand_checkpoint(
 
         how = (
             "A Mono-InternVL made from the dense language model {source} by `mono-internvl expand`: visual experts are "
-            "copies of the text experts, the visual embedding is new and **not trained yet**. Text is what it was"
+            f"copies of the text experts, {_new_parts(additions)} new and **not trained yet**. "
+            + ("Text is **not what it was** before the gates are trained" if expert_gates else "Text is what it was")
         )
         job = Job("expand", how, options, origin, dense, config, plan, base_model, manifest)
         return job.run(destination, write_files, compare if verify else None, max_shard_size, progress)
+
+
+def read_additions(
+    num_learnable_queries: int, query_grids: Sequence[int] | None, query_placement: str, expert_gates: bool
+) -> dict[str, Any]:
+    """The options of learnable queries and gates that say something; none of those that say "none".
+
+    Raises:
+        ValueError: a value that is not allowed, or one of queries where there are none; names it.
+    """
+    check_placement(num_learnable_queries, query_placement)
+    if not isinstance(expert_gates, bool):
+        raise ValueError(f"expert_gates={expert_gates!r} must be True or False")
+    found: dict[str, Any] = {}
+    if num_learnable_queries:
+        grids = check_grids(num_learnable_queries, query_grids)
+        found = {"num_learnable_queries": num_learnable_queries, "query_grids": grids}
+        found["query_placement"] = query_placement
+    elif query_grids is not None or query_placement != "image":
+        raise ValueError(
+            f"query_grids={query_grids!r} and query_placement={query_placement!r} need num_learnable_queries"
+        )
+    return {**found, "expert_gates": True} if expert_gates else found
+
+
+def _new_parts(additions: dict[str, Any]) -> str:
+    parts = ["the visual embedding"]
+    parts += ["the learnable queries"] if "num_learnable_queries" in additions else []
+    parts += ["the experts' gates"] if "expert_gates" in additions else []
+    return f"{', '.join(parts[:-1])} and {parts[-1]} are" if len(parts) > 1 else f"{parts[0]} is"
 
 
 def dense_family(folder: Path) -> Family:
@@ -215,6 +259,9 @@ def _expanded_config(
 ) -> MonoInternVLConfig:
     ids = {role: token for role, token in extended.ids.items() if role in values}
     values = {**values, **ids, "vocab_size": values["vocab_size"] + extended.new_rows}
+    if options.get("expert_gates"):
+        values["expert_gates"] = True
+    queries = {name: value for name, value in options.items() if "quer" in name}
     dtype = DTYPES[options["dtype"]]
     if dtype is None:
         embedding = dense.tensors.get(layout_name(EMBEDDING, layout))
@@ -227,6 +274,7 @@ def _expanded_config(
             vision_config={"hidden_size": options["vision_hidden_size"], "image_size": options["tile_size"]},
             **extended.control_ids,
             visual_attention_experts=options["visual_attention_experts"],
+            **queries,
             dtype=dtype,
         )
     except ValueError as error:

@@ -26,7 +26,8 @@ from .source import Checkpoint
 # Upstream's standard deviation of what it initialises, and transformers'.
 INITIAL_STD = 0.02
 HEAD, EMBEDDING = "lm_head.weight", "model.language_model.embed_tokens.weight"
-_VISION = ("model.vision_embeddings.", "model.multi_modal_projector.")
+# Parts of a name that a dense decoder has nothing for.
+_NEW = re.compile(r"^model\.(vision_embeddings|multi_modal_projector|learnable_queries)\.|\.output_gate\.")
 _FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 # Tables that old checkpoints carry and everyone computes.
 _COMPUTED = re.compile(r"(rotary_emb|rope)\.inv_freq$")
@@ -166,7 +167,7 @@ def plan_expansion(
     heads, shapes = head_layout(config), _present_shapes(config, dense, layout)
     recipes, expected = {}, {}
     for name, shape in shapes.items():
-        if name.startswith(_VISION):
+        if _NEW.search(name):
             continue
         operation, of = recipe(name.replace(".visual_mlp.", ".mlp.").replace(".visual_", "."), layout)
         expected[of] = source_shape(shape, operation, heads)

@@ -28,7 +28,7 @@ from ..tokenization.added_tokens import (
     read_roles,
 )
 from ..tokenization.internlm2 import ADDED_TOKENS
-from ..vocabulary_mono_internvl import IMAGE_END, IMAGE_START, IMAGE_TOKEN, absent_tokens, vocabulary_of
+from ..vocabulary_mono_internvl import IMAGE_END, IMAGE_START, IMAGE_TOKEN, QUERY_TOKEN, absent_tokens, vocabulary_of
 from .families import TEMPLATES, Family, Template
 
 
@@ -61,7 +61,8 @@ class Extended:
         tokenizer: None where there is none, or where it lacks the tokens of its family's chat templates.
         roles: `bos_token` and the like -> the token.
         new_rows: how many rows the vocabulary grows by.
-        control_ids: the ids of `MonoInternVLConfig`: of pictures, and `stop_token_ids`, empty without a tokenizer.
+        control_ids: the ids of `MonoInternVLConfig`: of pictures, of a learnable query where there are some, and
+            `stop_token_ids`, empty without a tokenizer.
         ids: `bos_token_id`, `eos_token_id`, `pad_token_id` for the configuration, and `stops`.
         chat_template: its source.
     """
@@ -74,7 +75,9 @@ class Extended:
     chat_template: str = ""
 
 
-def extended_tokenizer(folder: Path, family: Family, vocab_size: int, ids: dict[str, Any]) -> Extended:
+def extended_tokenizer(
+    folder: Path, family: Family, vocab_size: int, ids: dict[str, Any], *, queries: bool = False
+) -> Extended:
     """The dense model's tokenizer with Mono-InternVL's nine tokens, and a pad token where the model has none.
 
     Tokens that it lacks get the ids from `vocab_size` on, those that it has keep theirs; ids below `vocab_size` without
@@ -85,6 +88,7 @@ def extended_tokenizer(folder: Path, family: Family, vocab_size: int, ids: dict[
     Args:
         ids: `bos_token_id`, `eos_token_id`, `pad_token_id` as the configuration has them, and `stops` of
             generation_config.json.
+        queries: `<QUERY_CONTEXT>` is a tenth token of ours, behind the nine.
 
     Raises:
         ValueError: more tokens than rows, or a token of ours that the text uses; names the file.
@@ -93,10 +97,11 @@ def extended_tokenizer(folder: Path, family: Family, vocab_size: int, ids: dict[
     for role, token in ids.items():
         if token is not None and inside[role] != token:
             logger.warning("%s: %s=%s is left out: the vocabulary has %d ids", folder, role, token, vocab_size)
-    context = ADDED_TOKENS.index(IMAGE_TOKEN)
-    without = Extended(
-        None, {}, len(ADDED_TOKENS), {"image_token_id": vocab_size + context, "stop_token_ids": []}, inside
-    )
+    ours = (*ADDED_TOKENS, QUERY_TOKEN) if queries else ADDED_TOKENS
+    named = {**_IMAGE_IDS, "query_token_id": QUERY_TOKEN} if queries else _IMAGE_IDS
+    # `<img>` and `</img>` stand where they follow from `<IMG_CONTEXT>`.
+    new = {name: vocab_size + ours.index(named[name]) for name in ("image_token_id", "query_token_id") if name in named}
+    without = Extended(None, {}, len(ours), {**new, "stop_token_ids": []}, inside)
     if not has_tokenizer(folder):
         warn_without_tokenizer(folder)
         return without
@@ -116,7 +121,7 @@ def extended_tokenizer(folder: Path, family: Family, vocab_size: int, ids: dict[
             "%s lacks %s, which the chat template needs: made without a processor", file, ", or ".join(needed)
         )
         return without
-    _add_ours(tokenizer, vocab_size, file)
+    _add_ours(tokenizer, vocab_size, file, ours)
     roles = _roles(folder, tokenizer, inside)
     if not template.bos:
         roles.pop("bos_token", None)
@@ -130,7 +135,7 @@ def extended_tokenizer(folder: Path, family: Family, vocab_size: int, ids: dict[
     if tokenizer.token_to_id(pad) is None:
         tokenizer.add_special_tokens([_special(pad)])
     inside["pad_token_id"] = tokenizer.token_to_id(pad)
-    control: dict[str, Any] = {name: tokenizer.token_to_id(token) for name, token in _IMAGE_IDS.items()}
+    control: dict[str, Any] = {name: tokenizer.token_to_id(token) for name, token in named.items()}
     ends = (tokenizer.token_to_id(token) for token in template.tokens.ends)
     control["stop_token_ids"] = [token for token in ends if token is not None]
     source = template.source(_settings(folder, template, roles))
@@ -138,20 +143,20 @@ def extended_tokenizer(folder: Path, family: Family, vocab_size: int, ids: dict[
     return Extended(tokenizer, roles, tokenizer.get_vocab_size() - vocab_size, control, inside, source)
 
 
-def _add_ours(tokenizer: Tokenizer, vocab_size: int, file: Path) -> None:
-    """Give a tokenizer those of the nine tokens that it lacks, behind the ids that the model has.
+def _add_ours(tokenizer: Tokenizer, vocab_size: int, file: Path, ours: tuple[str, ...]) -> None:
+    """Give a tokenizer those of our tokens that it lacks, behind the ids that the model has.
 
     Raises:
         ValueError: it has other tokens there already.
     """
     tokens = tokenizer.get_vocab(with_added_tokens=True)
-    if outside := [token for token, index in tokens.items() if index >= vocab_size and token not in ADDED_TOKENS]:
+    if outside := [token for token, index in tokens.items() if index >= vocab_size and token not in ours]:
         raise ValueError(
             f"{file} has {len(tokens)} tokens, the model only {vocab_size} rows, and {outside[0]!r} is behind them"
         )
     fill_with_reserved(tokenizer, vocab_size)
     # Those that are there may not be known as tokens of their own yet.
-    tokenizer.add_special_tokens([_special(name) for name in ADDED_TOKENS])
+    tokenizer.add_special_tokens([_special(name) for name in ours])
 
 
 # ------------------------------------------------------------------------------------------------------- chat template
@@ -331,4 +336,10 @@ def save_processor(extended: Extended, config: MonoInternVLConfig, folder: Path)
     for token in vocabulary.fixed:
         vocabulary.encode(token)
     image_processor = MonoInternVLImageProcessor(tile_size=config.vision_config.image_size)
-    MonoInternVLProcessor(image_processor, fast, extended.chat_template).save_pretrained(folder)
+    MonoInternVLProcessor(
+        image_processor,
+        fast,
+        extended.chat_template,
+        num_learnable_queries=config.num_learnable_queries,
+        query_placement=config.query_placement,
+    ).save_pretrained(folder)

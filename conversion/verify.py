@@ -74,14 +74,35 @@ class NativeView:
         module.load_state_dict({name: self.read(prefix + name) for name in names}, strict=False, assign=True)
 
 
+class GatedView(NativeView):
+    """A dense decoder whose feed-forward is scaled by the gates that an expanded one's `expert` has (`mlp` or
+    `visual_mlp`)."""
+
+    def __init__(self, dense: NativeView, expanded: NativeView, expert: str):
+        super().__init__(dense.checkpoint, dense.layout, dense.config)
+        self.expanded, self.expert = expanded, expert
+
+    def read(self, name: str) -> torch.Tensor:
+        if ".output_gate." in name:
+            return self.expanded.read(name.replace(".mlp.", f".{self.expert}."))
+        return super().read(name)
+
+
 @torch.no_grad()
 def compare_expansion(dense: NativeView, expanded: NativeView, old_rows: int) -> Differences:
-    """The dense decoder against the expanded one: as text, and with every token routed to the visual experts."""
+    """The dense decoder against the expanded one: as text, and with every token routed to the visual experts. Gates of
+    the experts, which a dense decoder does not have, are lent to it: then text is not what it was."""
     ids = _prompt_ids(old_rows)
-    before = last_hidden_states(dense, embed(dense, ids), None)
-    as_text = last_hidden_states(expanded, embed(expanded, ids), None)
-    as_visual = last_hidden_states(expanded, embed(expanded, ids), torch.ones_like(ids, dtype=torch.bool))
-    return _worst(_compare(dense, expanded, before, after, old_rows) for after in (as_text, as_visual))
+    gated = expanded.config.text_config.expert_gates
+    ways = {"mlp": None, "visual_mlp": torch.ones_like(ids, dtype=torch.bool)}
+    found, before = [], None
+    for expert, mask in ways.items():
+        if gated or before is None:
+            view = GatedView(dense, expanded, expert) if gated else dense
+            before = last_hidden_states(view, embed(dense, ids), None)
+        after = last_hidden_states(expanded, embed(expanded, ids), mask)
+        found.append(_compare(dense, expanded, before, after, old_rows))
+    return _worst(found)
 
 
 @torch.no_grad()

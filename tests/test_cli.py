@@ -25,6 +25,7 @@ from mono_internvl.common import models
 from mono_internvl.common.drawing import draw_boxes
 from mono_internvl.common.parameters import GROUPS, PARTS, TEXT_PATH, count_by_part, part_of
 from mono_internvl.common.tiling import MAX_WIDTH, cut, draw_tiling
+from mono_internvl.configuration_checks_mono_internvl import QUERY_PLACEMENTS
 from mono_internvl.configuration_mono_internvl import VISUAL_ATTENTION_EXPERTS
 from mono_internvl.conversion.convert import LAYOUTS
 from mono_internvl.evaluation import plates
@@ -129,6 +130,7 @@ def test_what_the_commands_repeat_is_the_librarys():
     assert benchmark_module.PARTS == benchmarks.PARTS
     assert convert_module.LAYOUTS == LAYOUTS
     assert expand_module.VISUAL_ATTENTION_EXPERTS == VISUAL_ATTENTION_EXPERTS
+    assert expand_module.QUERY_PLACEMENTS == QUERY_PLACEMENTS
     assert tuple(field.name for field in dataclasses.fields(stages.Stage)) == train_module.KEYS
     assert train_module.recipe_names() == stages.recipe_names() != []
 
