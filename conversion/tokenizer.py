@@ -100,7 +100,8 @@ def extended_tokenizer(
     ours = (*ADDED_TOKENS, QUERY_TOKEN) if queries else ADDED_TOKENS
     named = {**_IMAGE_IDS, "query_token_id": QUERY_TOKEN} if queries else _IMAGE_IDS
     # `<img>` and `</img>` stand where they follow from `<IMG_CONTEXT>`.
-    new = {name: vocab_size + ours.index(named[name]) for name in ("image_token_id", "query_token_id") if name in named}
+    counted = (name for name in ("image_token_id", "query_token_id") if name in named)
+    new: dict[str, Any] = {name: vocab_size + ours.index(named[name]) for name in counted}
     without = Extended(None, {}, len(ours), {**new, "stop_token_ids": []}, inside)
     if not has_tokenizer(folder):
         warn_without_tokenizer(folder)
