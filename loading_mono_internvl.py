@@ -23,6 +23,8 @@ from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from .compat_mono_internvl import IN_FLOAT16, check_keywords
 from .configuration_mono_internvl import MonoInternVLTextConfig
+from .processor_loading_mono_internvl import read_settings
+from .queries_mono_internvl import adopt_placement
 from .tiling_mono_internvl import TILE_OPTIONS
 from .video_mono_internvl import VIDEO_OPTIONS
 from .weight_mapping_mono_internvl import beyond_official, checkpoint_mapping
@@ -167,6 +169,8 @@ def put_adapter(model: Any, adapter: Any, options: Mapping[str, Any]) -> tuple[A
         if placed is not None:
             model.hf_device_map = placed
     model.eval()
+    if model.config.num_learnable_queries:
+        adopt_placement(model.config, read_settings(adapter, "processor_config.json", **options))
     # PEFT writes an embedding that was resized and trained twice, the second time under a name that it does not read.
     twice = {name for name in names if name.replace(".modules_to_save.", ".") in names.keys() - {name}}
     unexpected = [name for name in found.unexpected_keys if name not in twice]

@@ -38,7 +38,8 @@ def _image_processor_options() -> list[str]:
     return [name for name in names if name not in ("self", "kwargs")]
 
 
-def _read_json(path: str, name: str, **kwargs: Any) -> dict[str, Any]:
+def read_settings(path: str, name: str, **kwargs: Any) -> dict[str, Any]:
+    """A JSON file of a folder or a Hub id; empty where there is none."""
     options = {key: kwargs[key] for key in _HUB_OPTIONS if key in kwargs}
     found = cached_file(path, name, _raise_exceptions_for_missing_entries=False, **options)
     return json.loads(Path(found).read_text(encoding="utf-8")) if found else {}
@@ -48,11 +49,11 @@ def load_image_processor(path: str, **kwargs: Any) -> MonoInternVLImageProcessor
     """Ours if the folder has one; else from an official `config.json`, which holds the tiling. Options override it."""
     chosen = {name: kwargs[name] for name in _image_processor_options() if kwargs.get(name) is not None}
     for name in ("processor_config.json", "preprocessor_config.json"):
-        settings = _read_json(path, name, **kwargs)
+        settings = read_settings(path, name, **kwargs)
         settings = settings.get("image_processor", settings)
         if settings.get("image_processor_type") == MonoInternVLImageProcessor.__name__:
             return MonoInternVLImageProcessor(**{**settings, **chosen})
-    config = _read_json(path, "config.json", **kwargs)
+    config = read_settings(path, "config.json", **kwargs)
     vision = config.get("vision_config", {})
     official = {
         "tile_size": config.get("force_image_size") or vision.get("image_size", 448),

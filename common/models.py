@@ -19,7 +19,8 @@ from ..configuration_mono_internvl import MonoInternVLConfig
 from ..loading_mono_internvl import adapter_base, list_gaps, put_adapter
 from ..modeling_mono_internvl import MonoInternVLForCausalLM
 from ..processing_mono_internvl import MonoInternVLProcessor
-from ..queries_mono_internvl import check_same_queries
+from ..processor_loading_mono_internvl import read_settings
+from ..queries_mono_internvl import adopt_placement, check_same_queries
 
 
 # The nano travels with the package, beside the model's code.
@@ -108,9 +109,13 @@ def _damaged_file(model: str) -> Path | None:
 
 def load_config(model: str) -> MonoInternVLConfig:
     """The configuration of what `resolve_model` returned."""
-    model = base_of_adapter(model) or model
-    with _naming(model):
-        return MonoInternVLConfig.from_pretrained(model)
+    base = base_of_adapter(model)
+    with _naming(base or model):
+        config = MonoInternVLConfig.from_pretrained(base or model)
+    if base is not None:
+        with _naming(model):
+            adopt_placement(config, read_settings(model, "processor_config.json"))
+    return config
 
 
 def load_processor(model: str) -> MonoInternVLProcessor:

@@ -1,7 +1,8 @@
 """Which parameters a stage trains, by the groups of `common.parameters`."""
 
-from collections.abc import Collection, Iterable
+from collections.abc import Collection, Iterable, Mapping
 
+import torch
 from torch import nn
 
 from ..common.parameters import GROUPS, group_of
@@ -45,3 +46,23 @@ def linear_modules(model: nn.Module, groups: Collection[str]) -> list[str]:
         for name, module in model.named_modules()
         if isinstance(module, nn.Linear) and group_of(name) in groups and not name.endswith("lm_head")
     ]
+
+
+def split_by_rate(optimizer: torch.optim.Optimizer, model: nn.Module, rates: Mapping[str, float]) -> None:
+    """Give parameters of the groups in `rates` that learning rate.
+
+    Each group of a fresh optimizer is cut by rates; what has the optimizer's own comes first.
+    """
+    rate_of = {id(p): rates[group] for name, p in model.named_parameters() if (group := group_of(name)) in rates}
+    kept, apart = [], []
+    for options in optimizer.param_groups:
+        parts: dict[float | None, list[nn.Parameter]] = {}
+        for parameter in options["params"]:
+            parts.setdefault(rate_of.get(id(parameter)), []).append(parameter)
+        for rate, parameters in parts.items():
+            changed = {**options, "params": parameters}
+            if rate is None:
+                kept.append(changed)
+            else:
+                apart.append({**changed, "lr": rate})
+    optimizer.param_groups[:] = [*kept, *apart]

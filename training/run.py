@@ -1,5 +1,6 @@
 """Runs a stage: recipe -> model, data, `EViPTrainer` -> a folder that `from_pretrained` loads."""
 
+import json
 import logging
 import math
 import shutil
@@ -12,12 +13,13 @@ from accelerate import PartialState
 from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM, TrainingArguments, set_seed
 from transformers.integrations import is_tensorboard_available
 
-from ..common.files import write_json
+from ..common.files import read_json, write_json
 from ..common.models import resolve_model
 from ..image_processing_mono_internvl import MonoInternVLImageProcessor
 from ..modeling_mono_internvl import MonoInternVLForCausalLM
 from ..plates.tasks import PlateWorld
 from ..processing_mono_internvl import MonoInternVLProcessor
+from ..queries_mono_internvl import check_same_queries
 from ..tiling_mono_internvl import count_tiles
 from ..training_mono_internvl import make_drop_path
 from .backend import Backend, choose_backend
@@ -26,7 +28,7 @@ from .distillation import Distiller, read_distillation
 from .groups import count_parameters, linear_modules, train_only
 from .loading import Batches, Conversations, Key, UnitBatches, mixture, one_pass, packed
 from .sources import Source, open_sources
-from .stages import RECIPES, Stage, load_stage
+from .stages import RECIPES, Stage, load_stage, read_group_rates
 from .trainer import EViPTrainer, Progress
 
 
@@ -93,6 +95,7 @@ def run_stage(
     if isinstance(model, MonoInternVLForCausalLM):
         model.config.text_config.drop_path_rate = stage.drop_path
         _set_drop_path(model)
+        _place_queries(model, processor, stage)
     _fit_tokens(model, processor, stage, tell)
     sources = _sources(stage, processor)
     units, steps = _units(stage, sources, processor)
@@ -122,6 +125,7 @@ def run_stage(
         processing_class=processor,
         callbacks=[Progress(tell)],
         distiller=distiller,
+        group_rates=read_group_rates(stage),
     )
     trainer.train(resume_from_checkpoint=str(kept[-1]) if kept else None)
     read, bad = trainer.count_samples()
@@ -199,9 +203,11 @@ def describe(
     stage: Stage, name: str, model: torch.nn.Module, processor: MonoInternVLProcessor, steps: int
 ) -> Iterator[str]:
     """What trains and what is frozen, by group, and the tokens of a step, before it starts."""
+    rates = read_group_rates(stage)
     yield f"{name}: {stage.description}"
     for group, (trains, total) in count_parameters(model).items():
         state = "trains" if trains == total else "frozen" if trains == 0 else f"adapters of {trains:,} train"
+        state += f" at {rates[group]:.1e}" if group in rates else ""
         yield f"  {group:<26}{total:>16,}  {state}"
     limit = processor.tokens_per_tile * count_tiles(stage.max_tiles, 1, use_thumbnail=True)
     kind = "packs" if stage.packing else "samples"
@@ -263,9 +269,20 @@ def _expanded(source: str, stage: Stage, folder: Path, state: PartialState) -> P
     """The dense model expanded, once, beside the stage's checkpoints."""
     from ..conversion import expand_checkpoint
 
-    target, unfinished = folder / "expanded", folder / "expanded.tmp"
-    if state.is_main_process and not target.is_dir():
-        shutil.rmtree(unfinished, ignore_errors=True)
+    target, unfinished, record = folder / "expanded", folder / "expanded.tmp", folder / "expanded.json"
+    how = {"model": stage.model, "visual_attention_experts": stage.visual_attention_experts, **(stage.expand or {})}
+    how = json.loads(json.dumps(how))
+    # One that was made otherwise is of a run that saved nothing yet, or the recipe has changed since it did.
+    other = target.is_dir() and record.is_file() and read_json(record) != how
+    if other and checkpoints(folder):
+        raise ValueError(
+            f"{folder} holds checkpoints of a model that was expanded with {read_json(record)}, and the recipe says "
+            f"{how}: go on with the recipe as it was, or remove the folder"
+        )
+    state.wait_for_everyone()
+    if state.is_main_process and (other or not target.is_dir()):
+        for old in (unfinished, target):
+            shutil.rmtree(old, ignore_errors=True)
         options = dict(stage.expand or {})
         start, max_tiles = options.pop("start", None), options.pop("max_tiles", None)
         experts = stage.visual_attention_experts or "none"
@@ -278,6 +295,7 @@ def _expanded(source: str, stage: Stage, folder: Path, state: PartialState) -> P
             processor = MonoInternVLProcessor.from_pretrained(unfinished)
             processor.image_processor.max_tiles = max_tiles
             processor.save_pretrained(unfinished)
+        write_json(record, how)
         unfinished.rename(target)
     state.wait_for_everyone()
     return target
@@ -318,6 +336,15 @@ def _fit_tokens(model: Any, processor: MonoInternVLProcessor, stage: Stage, tell
         )
     model.resize_token_embeddings(max(added.values()) + 1)
     tell(f"{names}: rows added")
+
+
+def _place_queries(model: MonoInternVLForCausalLM, processor: MonoInternVLProcessor, stage: Stage) -> None:
+    """Learnable queries to where the stage wants them, in what is trained and in what is saved."""
+    if stage.query_placement is not None:
+        if not model.config.num_learnable_queries:
+            raise ValueError("query_placement: the model has no learnable queries")
+        model.config.query_placement = processor.query_placement = stage.query_placement
+    check_same_queries(model.config, processor)
 
 
 def _set_drop_path(model: MonoInternVLForCausalLM) -> None:

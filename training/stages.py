@@ -20,6 +20,7 @@ from typing import Any
 import yaml
 
 from ..common.parameters import GROUPS
+from ..configuration_checks_mono_internvl import QUERY_PLACEMENTS
 from ..configuration_mono_internvl import VISUAL_ATTENTION_EXPERTS
 from ..tiling_mono_internvl import AUTO, check_max_tiles
 from .distillation import read_distillation
@@ -28,6 +29,17 @@ from .distillation import read_distillation
 RECIPES = Path(__file__).with_name("recipes")
 SCHEDULES = ("constant_with_warmup", "cosine", "cosine_with_min_lr", "linear")
 WEIGHTINGS = ("token", "sample", "square")
+# Of `expand_checkpoint`, and what is done to its result.
+EXPAND_OPTIONS = (
+    *("vision_hidden_size", "tile_size", "num_learnable_queries", "query_grids", "query_placement", "expert_gates"),
+    *("dtype", "max_shard_size", "seed", "base_model", "verify", "manifest", "start", "max_tiles"),
+)
+_QUERY_OPTIONS: dict[str, Any] = {
+    "num_learnable_queries": 0,
+    "query_grids": None,
+    "query_placement": "image",
+    "expert_gates": False,
+}
 # Of recipes that are files of your own.
 SUFFIXES = (".yaml", ".yml")
 
@@ -47,6 +59,8 @@ class Stage:
             or `{"plate_world": TASK}`.
         trains: names of parameter groups (`common.parameters`).
         visual_attention_experts: give the model these experts while it is expanded (1.5).
+        query_placement: where the model's learnable queries stand from this stage on, `image` or `question`
+            (`MonoInternVLConfig`); default: where they stood.
         max_tiles: most tiles of a picture, thumbnail not counted, not "auto"; several pictures of a sample share them.
         max_length: most tokens of a sample, and the size of a pack.
         packing: fill packs of `max_length` with several samples; else pad.
@@ -54,6 +68,8 @@ class Stage:
         loss_weighting: token (every target token counts the same), sample (every sample), square (between them:
             1 / sqrt(targets of the sample)).
         steps, epochs: length of the stage; one of the two.
+        group_learning_rates: `{GROUP: RATE}`: peak rates of groups that train, instead of `learning_rate`; the schedule
+            is the same.
         batch_size: samples (packs, if packing) of one optimiser step, over all processes and accumulation.
         accumulation: micro-steps of one optimiser step.
         warmup: warm-up in steps, or as a share of all steps if below 1.
@@ -75,6 +91,7 @@ class Stage:
     data: list | None = None
     trains: tuple[str, ...] = ()
     visual_attention_experts: str | None = None
+    query_placement: str | None = None
     max_tiles: int = 12
     max_length: int = 4096
     packing: bool = True
@@ -85,6 +102,7 @@ class Stage:
     batch_size: int = 128
     accumulation: int = 1
     learning_rate: float = 1e-4
+    group_learning_rates: dict | None = None
     schedule: str = "cosine"
     min_lr_rate: float = 0.0
     warmup: float = 0
@@ -117,6 +135,8 @@ class Stage:
         if (self.expand or {}).get("max_tiles") is not None:
             # The model's processor keeps it, "auto" too.
             check_max_tiles((self.expand or {})["max_tiles"], "expand: max_tiles")
+        if self.expand is not None:
+            self._check_expand(self.expand)
         unknown = [group for group in (*self.trains, *(self.lora or {}).get("groups", ())) if group not in GROUPS]
         if unknown:
             raise ValueError(f"trains: {_unknown(unknown[0], GROUPS)}")
@@ -127,6 +147,7 @@ class Stage:
             "save_dtype": ("float32", "bfloat16"),
             "compile": ("auto", True, False),
             "visual_attention_experts": (*VISUAL_ATTENTION_EXPERTS, None),
+            "query_placement": (*QUERY_PLACEMENTS, None),
         }
         for key, allowed in choices.items():
             if getattr(self, key) not in allowed:
@@ -158,9 +179,18 @@ class Stage:
             raise ValueError("lora: only adapters would train; leave trains empty (trains: []), groups stand in lora")
         if self.visual_attention_experts and self.expand is None:
             raise ValueError("visual_attention_experts: made while a model is expanded, and there is no expand")
-        if self.dense is not None and (self.expand is not None or self.lora or self.drop_path):
-            key = "expand" if self.expand is not None else "lora" if self.lora else "drop_path"
-            raise ValueError(f"{key}: not for a dense model that starts at random")
+        if self.dense is not None:
+            given: dict[str, Any] = {"expand": self.expand is not None, "lora": self.lora, "drop_path": self.drop_path}
+            given["query_placement"] = self.query_placement
+            if refused := next((key for key, value in given.items() if value), None):
+                raise ValueError(f"{refused}: not for a dense model that starts at random")
+        for key in ("query_placement", "distillation"):
+            made = self.expand is None or self.expand.get("num_learnable_queries")
+            if getattr(self, key) is not None and not made:
+                raise ValueError(
+                    f"{key}: the model gets no learnable queries; expand: num_learnable_queries gives it some"
+                )
+        read_group_rates(self)
         if self.min_lr_rate and self.schedule != "cosine_with_min_lr":
             raise ValueError(f"min_lr_rate: the schedule {self.schedule} ends at 0; it belongs to cosine_with_min_lr")
         if self.packing and self.padding_free:
@@ -171,6 +201,36 @@ class Stage:
             raise ValueError("data: name at least one source")
         if sum(value is not None for value in (self.model, self.dense)) != 1:
             raise ValueError("give one of model (to start from) and dense (dimensions to start at random)")
+
+    def _check_expand(self, options: dict[str, Any]) -> None:
+        # Not before it is needed: what expands brings more with it than recipes do.
+        from ..conversion.expand import read_additions
+
+        if unknown := [key for key in options if key not in EXPAND_OPTIONS]:
+            beside = "visual_attention_experts" in unknown
+            hint = "; it stands beside expand, not in it." if beside else ""
+            raise ValueError(f"expand: {_unknown(unknown[0], EXPAND_OPTIONS, 'option')}{hint}")
+        try:
+            read_additions(**{name: options.get(name, default) for name, default in _QUERY_OPTIONS.items()})
+        except ValueError as error:
+            raise ValueError(f"expand: {error}") from error
+
+
+def read_group_rates(stage: Stage) -> dict[str, float]:
+    """`group_learning_rates` as numbers.
+
+    Raises:
+        ValueError: a group that does not train, or a rate that is no positive number.
+    """
+    trained = stage.trains or (stage.lora or {}).get("groups", ())
+    rates = {}
+    for group, value in (stage.group_learning_rates or {}).items():
+        if group not in trained:
+            raise ValueError(f"group_learning_rates: {group} does not train; those that do: {', '.join(trained)}")
+        rates[group] = _fit(f"group_learning_rates: {group}", value, float)
+        if not 0 < rates[group] < math.inf:
+            raise ValueError(f"group_learning_rates: {group}: {rates[group]} must be positive")
+    return rates
 
 
 def recipe_names() -> list[str]:

@@ -2,7 +2,7 @@
 
 import logging
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
@@ -15,6 +15,7 @@ from ..modeling_mono_internvl import MonoInternVLModel
 from .checkpoints import WholeCheckpoints
 from .data import IGNORED
 from .distillation import Distiller
+from .groups import split_by_rate
 from .loading import Batches, Conversations, UnitBatches
 from .records import BadSample
 
@@ -55,6 +56,7 @@ class EViPTrainer(WholeCheckpoints):
         max_bad_share: the run fails when more of the samples read were bad.
         compiles: compile each decoder layer for as long as it trains.
         distiller: what the learnable queries learn from, if they do.
+        group_rates: group of parameters -> its learning rate instead of that of `args`.
     """
 
     def __init__(
@@ -66,11 +68,13 @@ class EViPTrainer(WholeCheckpoints):
         max_bad_share: float = 0.01,
         compiles: bool = False,
         distiller: Distiller | None = None,
+        group_rates: Mapping[str, float] | None = None,
         **kwargs: Any,
     ):
         self.micro_batches, self.max_bad_share = micro_batches, max_bad_share
         self.samples_read, self.bad_samples, self.waited = 0, 0, 0.0
         self.distiller, self._blocks = distiller, 1
+        self.group_rates = dict(group_rates or {})
         self._distilled, self._logged_step = torch.zeros(()), 0
         super().__init__(train_dataset=conversations, data_collator=batches, **kwargs)
         # Progress tells what is logged; this one prints it once more, to stdout.
@@ -138,8 +142,11 @@ class EViPTrainer(WholeCheckpoints):
         self._hidden = outputs.last_hidden_state
 
     def create_optimizer(self, *args: Any, **kwargs: Any) -> torch.optim.Optimizer:
-        """As in transformers, with what the distiller trains as a group of its own."""
+        """As in transformers; what has a rate of its own, and what the distiller trains, are groups of their own."""
         optimizer = super().create_optimizer(*args, **kwargs)
+        if self.group_rates:
+            model: Any = args[0] if args else kwargs.get("model")
+            split_by_rate(optimizer, self.model if model is None else model, self.group_rates)  # type: ignore[arg-type]
         if self.distiller is not None and self.distiller.parameters:
             optimizer.add_param_group({"params": self.distiller.parameters, "weight_decay": 0.0})
         return optimizer
