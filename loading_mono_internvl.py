@@ -24,7 +24,6 @@ from transformers.utils.quantization_config import QuantizationConfigMixin
 from .compat_mono_internvl import IN_FLOAT16, check_keywords
 from .configuration_mono_internvl import MonoInternVLTextConfig
 from .processor_loading_mono_internvl import read_settings
-from .queries_mono_internvl import adopt_placement
 from .tiling_mono_internvl import TILE_OPTIONS
 from .video_mono_internvl import VIDEO_OPTIONS
 from .weight_mapping_mono_internvl import beyond_official, checkpoint_mapping
@@ -169,12 +168,19 @@ def put_adapter(model: Any, adapter: Any, options: Mapping[str, Any]) -> tuple[A
         if placed is not None:
             model.hf_device_map = placed
     model.eval()
-    if model.config.num_learnable_queries:
-        adopt_placement(model.config, read_settings(adapter, "processor_config.json", **options))
+    adopt_placement(model.config, adapter, options)
     # PEFT writes an embedding that was resized and trained twice, the second time under a name that it does not read.
     twice = {name for name in names if name.replace(".modules_to_save.", ".") in names.keys() - {name}}
     unexpected = [name for name in found.unexpected_keys if name not in twice]
     return wrapper, {"missing_keys": list(found.missing_keys), "unexpected_keys": unexpected}
+
+
+def adopt_placement(config: Any, adapter: Any, options: Mapping[str, Any]) -> None:
+    """Put a base's learnable queries where the adapters over it were trained to have them: their folder holds no
+    configuration, but may hold a processor, which says it."""
+    if config.num_learnable_queries:
+        said = read_settings(adapter, "processor_config.json", **options)
+        config.query_placement = said.get("query_placement", config.query_placement)
 
 
 def _materialize(adapted: Any) -> None:

@@ -5,7 +5,6 @@ A block is all queries in order: the finest grid first, row by row. In `input_id
 (`query_token_id`), so that a block is found by its placeholders as a picture is by its own.
 """
 
-from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -36,13 +35,6 @@ def refuse_broken_blocks(broken_rows: int, config: MonoInternVLConfig) -> None:
         f"{broken_rows} of the rows hold a part of a block of learnable queries: their number of query placeholders "
         f"(id {config.query_token_id}) must be a multiple of {config.num_learnable_queries}"
     )
-
-
-def adopt_placement(config: MonoInternVLConfig, said: Mapping[str, Any]) -> None:
-    """Put a base's queries where the adapters over it were trained to have them: a folder of adapters holds no
-    configuration but may hold a processor, of whose `processor_config.json` `said` is the content."""
-    if config.num_learnable_queries and "query_placement" in said:
-        config.query_placement = said["query_placement"]
 
 
 def check_same_queries(config: MonoInternVLConfig, processor: Any) -> None:

@@ -16,11 +16,10 @@ from safetensors import SafetensorError, safe_open
 
 from ..compat_mono_internvl import IN_FLOAT16, cpu_has_bfloat16_units
 from ..configuration_mono_internvl import MonoInternVLConfig
-from ..loading_mono_internvl import adapter_base, list_gaps, put_adapter
+from ..loading_mono_internvl import adapter_base, adopt_placement, list_gaps, put_adapter
 from ..modeling_mono_internvl import MonoInternVLForCausalLM
 from ..processing_mono_internvl import MonoInternVLProcessor
-from ..processor_loading_mono_internvl import read_settings
-from ..queries_mono_internvl import adopt_placement, check_same_queries
+from ..queries_mono_internvl import check_same_queries
 
 
 # The nano travels with the package, beside the model's code.
@@ -114,7 +113,7 @@ def load_config(model: str) -> MonoInternVLConfig:
         config = MonoInternVLConfig.from_pretrained(base or model)
     if base is not None:
         with _naming(model):
-            adopt_placement(config, read_settings(model, "processor_config.json"))
+            adopt_placement(config, model, {})
     return config
 
 
