@@ -50,7 +50,8 @@ def describe(config: MonoInternVLConfig) -> dict[str, Any]:
         "bytes_per_parameter": dtype.itemsize,
         "groups": groups,
         "total": sum(groups.values()),
-        "text_path": sum(groups[name] for name in TEXT_PATH),
+        # Of the gates one of each pair: both experts have one of the same size.
+        "text_path": sum(groups[name] for name in TEXT_PATH) + groups.get("expert gates", 0) // 2,
         "expert_kernel_refusal": device_refusal(torch.device(device), torch.bfloat16),
         "config": {
             "layers": text.num_hidden_layers,
@@ -62,6 +63,11 @@ def describe(config: MonoInternVLConfig) -> dict[str, Any]:
             "vocab_size": text.vocab_size,
             "max_position_embeddings": text.max_position_embeddings,
             "visual_attention_experts": config.visual_attention_experts,
+            "expert_gates": text.expert_gates,
+            "num_learnable_queries": config.num_learnable_queries,
+            "query_grids": config.query_grids,
+            "query_placement": config.query_placement if config.num_learnable_queries else None,
+            "query_token_id": config.query_token_id,
             "expert_kernel": text.expert_kernel,
             "image_token_id": config.image_token_id,
             "tile_size": vision.image_size,
@@ -96,7 +102,7 @@ def _print_tables(name: str, facts: dict[str, Any]) -> None:
     console.print(table)
 
     shown = facts["config"]
-    lines = (
+    lines = [
         ("decoder", f"{shown['layers']} layers, hidden {shown['hidden_size']}, FFN {shown['intermediate_size']}"),
         ("attention", f"{shown['heads']} heads, {shown['kv_heads']} kv heads of {shown['head_dim']}"),
         ("visual attention experts", shown["visual_attention_experts"]),
@@ -104,7 +110,19 @@ def _print_tables(name: str, facts: dict[str, Any]) -> None:
         ("vocabulary", f"{shown['vocab_size']:,} tokens, <IMG_CONTEXT> is {shown['image_token_id']}"),
         ("positions", f"{shown['max_position_embeddings']:,}"),
         ("tile", f"{shown['tile_size']} px, {shown['tokens_per_tile']} visual tokens of 28 x 28 px"),
-    )
+    ]
+    if shown["expert_gates"]:
+        lines.append(("expert gates", "sigmoid(w x) scales the output of each text and each visual FFN"))
+    if shown["num_learnable_queries"]:
+        grids = " + ".join(f"{side} x {side}" for side in shown["query_grids"])
+        place = {"image": "behind each image", "question": "behind the question, which is repeated"}
+        lines.append(
+            (
+                "learnable queries",
+                f"{shown['num_learnable_queries']} ({grids}) {place[shown['query_placement']]}; visual experts compute "
+                f"them, <QUERY_CONTEXT> is {shown['query_token_id']}",
+            )
+        )
     details = Table(box=None, show_header=False, padding=(0, 2, 0, 1))
     for label, value in lines:
         details.add_row(label, value)

@@ -19,6 +19,7 @@ from mono_internvl.conversion.plan import produce
 from mono_internvl.conversion.source import Checkpoint
 from mono_internvl.conversion.verify import NativeView, compare_expansion
 from mono_internvl.queries_mono_internvl import check_same_queries
+from mono_internvl.serving.checkpoint import serving_config
 from mono_internvl.training.data import encode_conversation
 
 
@@ -319,3 +320,46 @@ def test_the_command(made, tmp_path):
         refused = run("expand", base, tmp_path / "other", *wrong)
         assert refused.exit_code == 2 and message in refused.stderr
     assert not (tmp_path / "other").exists()
+
+
+def test_inspect_shows_queries_and_gates(made):
+    _, folder = made("qwen2", **BOTH, query_placement="question")
+    model = load(folder)
+    facts = json.loads(run("inspect", folder, "--json").stdout)
+    assert (facts["groups"]["learnable queries"], facts["groups"]["expert gates"]) == (5 * 64, 3 * 2 * 64)
+    shown = facts["config"]
+    assert (shown["num_learnable_queries"], shown["query_grids"], shown["query_placement"]) == (5, [2, 1], "question")
+    assert shown["expert_gates"] is True and shown["query_token_id"] == model.config.query_token_id
+    # What runs for text: its own gates, not those of the visual experts.
+    text = {id(p): p.numel() for p in (*model.model.language_model.parameters(), *model.lm_head.parameters())}
+    for layer in model.model.language_model.layers:
+        for parameter in layer.visual_mlp.parameters():
+            del text[id(parameter)]
+    assert facts["text_path"] == sum(text.values())
+    table = " ".join(run("inspect", folder).stdout.split())
+    assert "5 (2 x 2 + 1 x 1) behind the question, which is repeated; visual experts compute them" in table
+    assert f"<QUERY_CONTEXT> is {model.config.query_token_id}" in table and "scales the output of each text" in table
+    plain = made("qwen2")[1]
+    shown = json.loads(run("inspect", plain, "--json").stdout)["config"]
+    assert (shown["num_learnable_queries"], shown["query_grids"], shown["query_placement"]) == (0, None, None)
+    assert "learnable queries" not in run("inspect", plain).stdout and "gates" not in run("inspect", plain).stdout
+
+
+# --------------------------------------------------------------------------------------------------- what has no place
+
+
+@pytest.mark.parametrize(
+    ("options", "words"), [(QUERIES, "5 learnable queries"), ({"expert_gates": True}, "expert_gates")]
+)
+def test_formats_and_engines_without_a_place_refuse_by_name(made, tmp_path, options, words):
+    _, folder = made("internlm2", **options)
+    refused = failure("convert", folder, tmp_path / "official", "--to", "official")
+    assert f"has {words}: the official layout has no place for it" in refused
+    with pytest.raises(ValueError, match=f"the official layout has no place for {words}"):
+        load(folder).save_pretrained(tmp_path / "saved", save_original_format=True)
+    assert f"llama.cpp has no place for {words}" in failure("export", "gguf", folder, tmp_path / "gguf")
+    assert f"the MLX code has no place for {words}" in failure("export", "mlx", folder, tmp_path / "mlx")
+    with pytest.raises(ValueError, match=f"the vLLM plugin has no place for {words}"):
+        serving_config(json.loads((folder / "config.json").read_text()))
+    assert "expand takes a dense language model" in failure("expand", folder, tmp_path / "again")
+    assert not list(tmp_path.glob("[gmoa]*/*"))
