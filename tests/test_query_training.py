@@ -19,12 +19,13 @@ from helpers_cli import run
 from helpers_families import make_base
 from mono_internvl import MonoInternVLConfig, MonoInternVLForCausalLM, MonoInternVLProcessor
 from mono_internvl.common.models import ModelError, load_config, load_model
+from mono_internvl.common.parameters import group_of
 from mono_internvl.conversion import expand_checkpoint
 from mono_internvl.queries_mono_internvl import check_same_queries
 from mono_internvl.training.checkpoints import checkpoints
 from mono_internvl.training.groups import train_only
 from mono_internvl.training.run import run_stage
-from mono_internvl.training.stages import EXPAND_OPTIONS, load_stage, recipe_names
+from mono_internvl.training.stages import EXPAND_OPTIONS, load_stage, read_group_rates, recipe_names
 from mono_internvl.training.trainer import EViPTrainer
 
 
@@ -324,3 +325,43 @@ def test_a_dense_model_has_no_queries_to_place():
     with pytest.raises(ValueError, match="query_placement: not for a dense model"):
         load_stage("nano/text", {"query_placement": "image"})
     assert all(load_stage(name) for name in recipe_names())
+
+
+def test_the_numbers_of_the_released_scripts_stand_in_the_recipes():
+    first, second, third = (load_stage(f"breen/{name}") for name in ("s1_experts", "s2_pretraining", "s3_instruction"))
+    for stage in (first, second, third):
+        assert (stage.epochs, stage.schedule, stage.weight_decay, stage.max_length) == (1, "cosine", 0.0, 2048)
+        assert stage.distillation == {
+            **{"teacher": "openai/clip-vit-large-patch14-336", "weight": 1.0, "projection": "random"}
+        }
+    assert first.model == "Qwen/Qwen2.5-7B-Instruct" and first.expand["query_grids"] == [8, 6]
+    assert first.trains == ("visual_embedding", "visual_experts", "expert_gates")
+    assert set(second.trains) == set(third.trains) == set(EVERYTHING)
+    rates = [(stage.learning_rate, stage.warmup, stage.batch_size) for stage in (first, second, third)]
+    assert rates == [(4e-5, 0.03, 1024), (4e-5, 0.01, 1024), (2e-5, 0.01, 256)]
+    assert read_group_rates(first) == {"visual_embedding": 4e-4}
+    assert first.expand["query_placement"] == second.query_placement == "image" != third.query_placement == "question"
+
+
+def test_the_nano_s_path(tmp_path, teacher, monkeypatch):
+    """Each stage starts from what the one before wrote, one step each; what is frozen in S1 stays as it was."""
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "runs" / "nano-breen").mkdir(parents=True)
+    (tmp_path / "runs" / "nano-breen" / "teacher").symlink_to(teacher)
+    small = {"steps": 1, "batch_size": 2}
+    run_stage("nano/text", small)
+    with pytest.raises(FileNotFoundError, match="nano-breen/s1_experts has not been trained"):
+        run_stage("nano-breen/s2_pretraining", small)
+    stages = {}
+    for name in ("s1_experts", "s2_pretraining", "s3_instruction"):
+        stages[name] = run_stage(f"nano-breen/{name}", small)
+        model, processor = load_model(str(stages[name]), device="cpu")
+        assert model.config.query_grids == [4, 2] and model.config.text_config.expert_gates
+        assert processor.query_placement == ("question" if name == "s3_instruction" else "image")
+    expanded, first = (
+        load_file(folder / "model.safetensors")
+        for folder in (tmp_path / "runs/nano-breen/s1_experts/expanded", stages["s1_experts"])
+    )
+    for key, tensor in expanded.items():
+        trained = group_of(key) in ("visual_embedding", "visual_experts", "expert_gates")
+        assert trained or torch.equal(tensor.to(torch.bfloat16), first[key]), key

@@ -115,7 +115,8 @@ def error_of(call, *args, kind=ValueError, **kwargs) -> str:
 
 def test_every_recipe_loads_and_the_released_numbers_stand_in_them():
     stages = {name: load_stage(name) for name in recipe_names()}
-    assert {name.split("/")[0] for name in stages} == {"mono-internvl-2b", "mono-internvl-1.5-2b", "nano"}
+    families = {"mono-internvl-2b", "mono-internvl-1.5-2b", "nano", "breen", "nano-breen"}
+    assert {name.split("/")[0] for name in stages} == families
     rows = {
         # max tiles, length, rate, schedule, steps, warm-up, batch, accumulation (paper 2410.08202, table 8)
         "s1_1_concept": (4, 1425, 1e-4, "constant_with_warmup", 450_000, 100, 2048, 1),
