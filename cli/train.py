@@ -14,21 +14,10 @@ import typer
 # The fields of `mono_internvl.training.stages.Stage`.
 KEYS = (
     *("description", "model", "expand", "dense", "tokenizer", "data", "trains", "visual_attention_experts"),
-    *(
-        "query_placement",
-        "group_learning_rates",
-        "max_tiles",
-        "max_length",
-        "packing",
-        "padding_free",
-        "loss_weighting",
-        "steps",
-        "epochs",
-        "batch_size",
-    ),
-    *("accumulation", "learning_rate", "schedule", "min_lr_rate", "warmup", "weight_decay", "adam_beta1", "adam_beta2"),
-    *("adam_epsilon", "max_grad_norm", "drop_path", "bf16", "gradient_checkpointing", "attn_implementation"),
-    *("compile", "distillation", "lora"),
+    *("query_placement", "max_tiles", "max_length", "packing", "padding_free", "loss_weighting", "steps", "epochs"),
+    *("batch_size", "accumulation", "learning_rate", "group_learning_rates", "schedule", "min_lr_rate", "warmup"),
+    *("weight_decay", "adam_beta1", "adam_beta2", "adam_epsilon", "max_grad_norm", "drop_path", "bf16"),
+    *("gradient_checkpointing", "attn_implementation", "compile", "distillation", "lora"),
     *("on_bad_sample", "max_bad_share", "save_dtype", "workers", "log_steps", "save_steps", "keep_checkpoints", "seed"),
 )
 _OPTIONS = ("runs", "output", "resume", "list")
