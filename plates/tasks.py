@@ -136,7 +136,7 @@ class PlateWorld:
             raise ValueError(f"plate_world/{task}: tiled_every must be at least 1, not {tiled_every}")
         self.task, self.length, self.block, self.seed = task, length, block, seed
         self.size, self.tiled_every = (size[0], size[1]), tiled_every
-        self.naming, self.closing, self.odd_one = naming, closing, odd_one
+        self.naming, self.closing, self.odd_one, self.sheets = naming, closing, odd_one, SHEETS.get(task, 0.0)
         self.grid_of = partial(choose_grid, tile_size=tile_size, max_tiles=max_tiles)
         self.name = f"plate_world/{task}"
 
@@ -150,7 +150,7 @@ class PlateWorld:
         if self.task == "text" or (self.task == "instructions" and rng.random() < TEXT_SHARE):
             return Record(_messages(_text_turns(rng)), where)
         tiled = (index // self.block) % self.tiled_every == 0
-        if rng.random() < SHEETS.get(self.task, 0.0):
+        if rng.random() < self.sheets:
             plate = self._of_tiles(partial(sample_sheet, rng, size=self.size), tiled)
             turns = [(LIST_PROMPT, listing(plate))]
         else:
