@@ -230,12 +230,23 @@ def name_patches(
 
     Args:
         grid: (columns, rows) of the picture's tiles; more than one are followed by the thumbnail.
+
+    Raises:
+        ValueError: the conversation's picture is cut in another way.
     """
     side = processor.image_processor.tile_size // PATCH_SIZE
     columns, rows = grid
     first = int((example["input_ids"] == processor.image_token_id).nonzero()[0])
     views = [(first, columns, rows)]
-    if count_tiles(columns, rows, use_thumbnail=True) > columns * rows:
+    tiles = count_tiles(columns, rows, use_thumbnail=True)
+    given = int((example["input_ids"] == processor.image_token_id).sum())
+    if given != tiles * side**2:
+        # Targets would land on other patches, or on words.
+        raise ValueError(
+            f"the picture has {given} visual tokens; in {columns} x {rows} tiles of {side * PATCH_SIZE} pixels it would "
+            f"have {tiles * side**2}: give PlateWorld the tile_size and max_tiles that pictures are cut with"
+        )
+    if tiles > columns * rows:
         views.append((first + columns * rows * side**2, 1, 1))
     for item in plate.items:
         names = list(item.text) if item.kind == "number" else [item.kind]
