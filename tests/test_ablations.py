@@ -26,7 +26,9 @@ def quick(tmp_path, monkeypatch):
     work = tmp_path / "work"
     processor = processor_of()
     torch.manual_seed(0)
-    LlamaForCausalLM(dense_config({**ablations.DENSE, "num_hidden_layers": 1}, processor)).save_pretrained(work / "base")
+    LlamaForCausalLM(dense_config({**ablations.DENSE, "num_hidden_layers": 1}, processor)).save_pretrained(
+        work / "base"
+    )
     processor.tokenizer.save_pretrained(work / "base")
 
     def write_teacher(folder):

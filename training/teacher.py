@@ -71,7 +71,9 @@ class CaptionedPlates(Dataset):
 
 def collate(pairs: Sequence[tuple[torch.Tensor, torch.Tensor]]) -> dict[str, Any]:
     """A batch of pairs; one whose caption stands in the batch already is left out, as it would be a false negative."""
-    first = {tuple(tokens.tolist()): (pixels, tokens) for pixels, tokens in reversed(pairs)}
+    first: dict[tuple[int, ...], tuple[torch.Tensor, torch.Tensor]] = {}
+    for pixels, tokens in pairs:
+        first.setdefault(tuple(tokens.tolist()), (pixels, tokens))
     pictures, captions = zip(*first.values(), strict=True)
     return {
         "pixel_values": normalised(torch.stack(pictures)),
