@@ -243,8 +243,8 @@ def name_patches(
     if given != tiles * side**2:
         # Targets would land on other patches, or on words.
         raise ValueError(
-            f"the picture has {given} visual tokens; in {columns} x {rows} tiles of {side * PATCH_SIZE} pixels it would "
-            f"have {tiles * side**2}: give PlateWorld the tile_size and max_tiles that pictures are cut with"
+            f"the picture has {given} visual tokens; in {columns} x {rows} tiles of {side * PATCH_SIZE} pixels it "
+            f"would have {tiles * side**2}: give PlateWorld the tile_size and max_tiles that pictures are cut with"
         )
     if tiles > columns * rows:
         views.append((first + columns * rows * side**2, 1, 1))

@@ -5,7 +5,7 @@ import json
 import pytest
 import torch
 
-from mono_internvl.plates.tasks import long_caption
+from mono_internvl.plates.words import caption_of
 from mono_internvl.processing_mono_internvl import MonoInternVLProcessor
 from mono_internvl.training import teacher
 from mono_internvl.training.distillation import Teacher
@@ -22,14 +22,14 @@ def test_plates_are_made_of_seed_and_index_and_told_by_their_captions(processor)
     assert plates.pixels.equal(again.pixels) and not plates.pixels.equal(other.pixels)
     assert plates.pixels.shape == (6, 3, 112, 112) and plates.pixels.dtype == torch.uint8
     for plate, tokens in zip(plates.plates, plates.tokens, strict=True):
-        assert processor.tokenizer.decode(tokens, skip_special_tokens=True).strip() == long_caption(plate)
+        assert processor.tokenizer.decode(tokens, skip_special_tokens=True).strip() == caption_of(plate.items)
 
 
 def test_the_longest_captions_fit(processor):
     """What is cut off would make two captions one."""
     plates = teacher.CaptionedPlates(300, processor, 3)
-    longest = max(len(processor.tokenizer(long_caption(plate))["input_ids"]) for plate in plates.plates)
-    assert 30 < longest <= teacher.CAPTION
+    longest = max(len(processor.tokenizer(caption_of(plate.items))["input_ids"]) for plate in plates.plates)
+    assert 7 < longest <= teacher.CAPTION
 
 
 def test_a_caption_that_stands_in_the_batch_is_no_negative():
@@ -42,7 +42,7 @@ def test_a_caption_that_stands_in_the_batch_is_no_negative():
 
 def test_the_probe_reads_what_the_features_hold(processor):
     """Features that are the colour of the patch's middle tell the colour, and not the shape."""
-    plates = teacher.CaptionedPlates(teacher.PROBED + 200, processor, 4, most=1, numbers=0.0)
+    plates = teacher.CaptionedPlates(teacher.PROBED + 200, processor, 4, most=1)
     model = teacher.make_model(processor, 0)
 
     class Middle(torch.nn.Module):

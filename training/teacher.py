@@ -27,16 +27,17 @@ from ..common.files import write_json
 from ..conversion.writer import check_destination, publish_folder, temporary_folder
 from ..plates.drawing import draw_plate
 from ..plates.layout import sample_plate
-from ..plates.tasks import long_caption
-from ..plates.words import COLORS, SHAPES, Plate
+from ..plates.words import COLORS, SHAPES, Plate, caption_of
 from ..processing_mono_internvl import MonoInternVLProcessor
 from .run import ROOT
 
 
-SIZE, PATCH, CAPTION = 112, 14, 64
+SIZE, PATCH, CAPTION = 112, 14, 16
+# Shapes of a plate. Of two, without their places: a caption is found only by whoever tells shapes as well as colours.
+MOST = 2
 MEAN = STD = (0.5, 0.5, 0.5)
 TOWER: dict[str, Any] = {"hidden_size": 96, "intermediate_size": 256, "num_attention_heads": 3}
-PLATES, EPOCHS, BATCH, RATE = 12_288, 8, 128, 2e-3
+PLATES, EPOCHS, BATCH, RATE = 24_576, 10, 128, 1e-3
 # New plates to measure with: to find the caption among, and to fit and to try the probe.
 FOUND_AMONG, PROBED, TRIED = 256, 3_000, 1_000
 
@@ -44,19 +45,19 @@ FOUND_AMONG, PROBED, TRIED = 256, 3_000, 1_000
 class CaptionedPlates(Dataset):
     """Plates as [3, SIZE, SIZE] uint8 and captions as CAPTION tokens, drawn once; `seed` and the index make each."""
 
-    def __init__(self, length: int, processor: MonoInternVLProcessor, seed: int, most: int = 5, numbers: float = 0.4):
+    def __init__(self, length: int, processor: MonoInternVLProcessor, seed: int, most: int = MOST):
         self.plates: list[Plate] = []
         self.pixels = torch.empty((length, 3, SIZE, SIZE), dtype=torch.uint8)
         for i in range(length):
             rng = random.Random(f"teacher/{seed}/{i}")
-            plate = sample_plate(rng, max_shapes=most, with_number=numbers)
+            plate = sample_plate(rng, max_shapes=most, with_number=0.0)
             while not plate.items:
-                plate = sample_plate(rng, max_shapes=most, with_number=numbers)
+                plate = sample_plate(rng, max_shapes=most, with_number=0.0)
             # The whole picture squeezed into a square, as distillation shows it.
             picture = draw_plate(plate, rng).convert("RGB").resize((SIZE, SIZE))
             self.pixels[i] = torch.from_numpy(np.array(picture)).permute(2, 0, 1)
             self.plates.append(plate)
-        captions = [long_caption(plate) for plate in self.plates]
+        captions = [caption_of(plate.items) for plate in self.plates]
         # SigLIP reads a caption at its last place, so all are filled up to one length.
         self.tokens = processor.tokenizer(
             captions, padding="max_length", truncation=True, max_length=CAPTION, return_tensors="pt"
@@ -69,17 +70,9 @@ class CaptionedPlates(Dataset):
         return self.pixels[index], self.tokens[index]
 
 
-def collate(pairs: Sequence[tuple[torch.Tensor, torch.Tensor]]) -> dict[str, Any]:
-    """A batch of pairs; one whose caption stands in the batch already is left out, as it would be a false negative."""
-    first: dict[tuple[int, ...], tuple[torch.Tensor, torch.Tensor]] = {}
-    for pixels, tokens in pairs:
-        first.setdefault(tuple(tokens.tolist()), (pixels, tokens))
-    pictures, captions = zip(*first.values(), strict=True)
-    return {
-        "pixel_values": normalised(torch.stack(pictures)),
-        "input_ids": torch.stack(captions),
-        "return_loss": True,
-    }
+def collate(pairs: Sequence[tuple[torch.Tensor, torch.Tensor]]) -> dict[str, torch.Tensor]:
+    pictures, captions = zip(*pairs, strict=True)
+    return {"pixel_values": normalised(torch.stack(pictures)), "input_ids": torch.stack(captions)}
 
 
 def normalised(pixels: torch.Tensor) -> torch.Tensor:
@@ -100,6 +93,16 @@ def make_model(processor: MonoInternVLProcessor, seed: int) -> SiglipModel:
         model.logit_scale.fill_(math.log(10.0))
         model.logit_bias.fill_(-10.0)
     return model
+
+
+class SigmoidTrainer(Trainer):
+    """SigLIP's loss (eq. 1), in which every picture of a caption is a pair with it: few captions stand once in a batch."""
+
+    def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):  # type: ignore[no-untyped-def]
+        outputs = model(**inputs)
+        same = (inputs["input_ids"][:, None] == inputs["input_ids"][None]).all(-1)
+        loss = -F.logsigmoid(outputs.logits_per_text * torch.where(same, 1.0, -1.0)).sum(-1).mean()
+        return (loss, outputs) if return_outputs else loss
 
 
 @torch.no_grad()
@@ -146,7 +149,7 @@ def make_teacher(destination: Path, *, plates: int = PLATES, epochs: float = EPO
     processor = MonoInternVLProcessor.from_pretrained(ROOT)
     model, drawn = make_model(processor, seed), CaptionedPlates(plates, processor, seed)
     new = CaptionedPlates(FOUND_AMONG, processor, 10_007)
-    alone = CaptionedPlates(PROBED + TRIED, processor, 10_009, most=1, numbers=0.0)
+    alone = CaptionedPlates(PROBED + TRIED, processor, 10_009, most=1)
     before = {"retrieval": retrieval(model, new), **probe(model, alone)}
     with temporary_folder(destination, f"teacher-{plates}-{epochs}-{seed}", 0) as folder:
         arguments = TrainingArguments(
@@ -166,7 +169,7 @@ def make_teacher(destination: Path, *, plates: int = PLATES, epochs: float = EPO
             report_to=[],
             seed=seed,
         )
-        Trainer(model=model, args=arguments, train_dataset=drawn, data_collator=collate).train()
+        SigmoidTrainer(model=model, args=arguments, train_dataset=drawn, data_collator=collate).train()
         model.cpu().save_pretrained(folder)
         report = {
             "plates": plates,
