@@ -32,12 +32,18 @@ def test_the_longest_captions_fit(processor):
     assert 7 < longest <= teacher.CAPTION
 
 
-def test_a_caption_that_stands_in_the_batch_is_no_negative():
-    pixels = torch.arange(3, dtype=torch.uint8).view(3, 1, 1, 1).expand(3, 3, 2, 2)
-    tokens = torch.tensor([[1, 2], [3, 4], [1, 2]])
-    batch = teacher.collate(list(zip(pixels, tokens, strict=True)))
-    assert batch["input_ids"].tolist() == [[1, 2], [3, 4]]
-    assert (batch["pixel_values"] * 127.5 + 127.5).round().flatten(1)[:, 0].tolist() == [0, 1]
+def test_every_picture_of_a_caption_is_a_pair_with_it():
+    """Else two red circles of a batch would be pushed away from their own caption."""
+    logits = torch.tensor([[4.0, -3.0, 2.0], [-1.0, 5.0, -2.0], [4.0, -3.0, 2.0]])
+    batch = teacher.collate([(torch.zeros(3, 2, 2, dtype=torch.uint8), torch.tensor(ids)) for ids in ([1], [2], [1])])
+
+    def model(input_ids, pixel_values):
+        assert pixel_values.shape == (3, 3, 2, 2) and (pixel_values == -1).all()
+        return type("Output", (), {"logits_per_text": logits})
+
+    loss = teacher.SigmoidTrainer.compute_loss(None, model, batch)
+    pairs = torch.tensor([[1.0, -1, 1], [-1, 1, -1], [1, -1, 1]])
+    torch.testing.assert_close(loss, torch.log1p(torch.exp(-pairs * logits)).sum() / 3)
 
 
 def test_the_probe_reads_what_the_features_hold(processor):

@@ -288,10 +288,7 @@ def start(name: str, seed: int, work: Path) -> tuple[MonoInternVLForCausalLM, Mo
         work.mkdir(parents=True, exist_ok=True)
         base, folder = make_base(work / "base", processor_of()), work / f"expanded-{name}-{seed}"
         if not folder.is_dir():
-            # Gates scale what the dense model adds, so there the text is not what it was, by design.
-            expand_checkpoint(
-                base, folder, vision_hidden_size=48, tile_size=TILE_SIZE, seed=seed, verify=False, **variant.expand
-            )
+            expand_checkpoint(base, folder, vision_hidden_size=48, tile_size=TILE_SIZE, seed=seed, **variant.expand)
         model, processor = MonoInternVLForCausalLM.from_pretrained(folder), processor_of(folder)
         start_vision(model, patch=0.02, position=1.5)
     trains = variant.trains

@@ -96,7 +96,7 @@ def make_model(processor: MonoInternVLProcessor, seed: int) -> SiglipModel:
 
 
 class SigmoidTrainer(Trainer):
-    """SigLIP's loss (eq. 1), in which every picture of a caption is a pair with it: few captions stand once in a batch."""
+    """SigLIP's loss (eq. 1), where every picture of a caption is a pair with it: few captions stand once in a batch."""
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):  # type: ignore[no-untyped-def]
         outputs = model(**inputs)
