@@ -39,7 +39,7 @@ DryRunOption = Annotated[bool, typer.Option("--dry-run", help="with --push-to-hu
 
 
 def convert(
-    source: Annotated[str, typer.Argument(metavar="SRC", help="folder or Hub id of a Mono-InternVL")],
+    source: Annotated[str, typer.Argument(metavar="SRC", help="folder or Hub id of a Mono-InternVL, or nano")],
     destination: Annotated[Path | None, typer.Argument(metavar="[DST]", help="folder to make")] = None,
     to: Annotated[str | None, typer.Option(metavar="LAYOUT", help=" or ".join(LAYOUTS))] = None,
     check: Annotated[bool, typer.Option("--check", help="compare SRC's weight files with its conversion.json")] = False,
@@ -65,7 +65,7 @@ def convert(
     elif destination is None:
         if push_to_hub is None or to is not None:
             raise typer.BadParameter("is missing: say where to write", param_hint="DST")
-        publish(Path(source).expanduser(), push_to_hub, private, revision, dry_run)
+        publish(_local_folder(source), push_to_hub, private, revision, dry_run)
     else:
         one_of(to, LAYOUTS, "--to")
         from mono_internvl.conversion import convert_checkpoint
@@ -87,11 +87,21 @@ def convert(
         publish(destination, push_to_hub, private, revision, dry_run)
 
 
+def _local_folder(source: str) -> Path:
+    """The folder that SRC names, which a Hub id does not."""
+    from mono_internvl.common.models import find_folder
+
+    folder = find_folder(source)
+    if folder is None:
+        raise FileNotFoundError(f"no such model folder: {source}; only a folder of this machine will do here")
+    return folder
+
+
 def _check(folder: str) -> None:
     from mono_internvl.conversion import check_checkpoint
 
     with byte_bar("comparing") as progress:
-        found = check_checkpoint(Path(folder).expanduser(), progress)
+        found = check_checkpoint(_local_folder(folder), progress)
     how = "by every byte" if found.hashed else "by size and header (it was made without --manifest)"
     typer.echo(f"{folder}: {found.files} files are what conversion.json says, {how}")
 

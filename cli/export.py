@@ -29,7 +29,7 @@ def formats() -> None:
 
 @export.command()
 def gguf(
-    source: Annotated[str, typer.Argument(metavar="MODEL", help="folder or Hub id of a Mono-InternVL")],
+    source: Annotated[str, typer.Argument(metavar="MODEL", help="folder or Hub id of a Mono-InternVL, or nano")],
     destination: Annotated[Path, typer.Argument(metavar="OUT", help="folder to make")],
     kind: Annotated[
         str, typer.Option("--type", metavar="TYPE", help=f"of the matrices: {', '.join(GGUF_TYPES)} (the model's own)")

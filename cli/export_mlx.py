@@ -12,7 +12,7 @@ from .convert import ShardOption, byte_bar
 
 
 def mlx(
-    source: Annotated[str, typer.Argument(metavar="MODEL", help="folder or Hub id of a Mono-InternVL")],
+    source: Annotated[str, typer.Argument(metavar="MODEL", help="folder or Hub id of a Mono-InternVL, or nano")],
     destination: Annotated[Path, typer.Argument(metavar="OUT", help="folder to make")],
     dtype: Annotated[
         str, typer.Option(metavar="DTYPE", help=f"of the weights: {', '.join(DTYPES)} (auto: the model's own)")

@@ -16,7 +16,9 @@ if TYPE_CHECKING:
 
 
 def inspect(
-    model: Annotated[str, typer.Argument(metavar="MODEL", help="folder, Hub id, or 2b for the released dimensions")],
+    model: Annotated[
+        str, typer.Argument(metavar="MODEL", help="folder, Hub id, nano, or 2b for the released dimensions")
+    ],
     as_json: Annotated[bool, typer.Option("--json", help="print JSON")] = False,
 ) -> None:
     """Show a model's sizes by group; weights are not read."""

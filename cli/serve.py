@@ -20,9 +20,6 @@ from .common import (
 )
 
 
-_BUNDLED_NAME = "mono-internvl-nano"
-
-
 def serve(
     model: Annotated[
         str | None, typer.Argument(metavar="[MODEL]", help="model folder or Hub id  [default: the bundled nano]")
@@ -67,7 +64,7 @@ def serve(
             import uvicorn  # noqa: F401
         except ImportError as error:
             raise ImportError("the server needs fastapi and uvicorn: pip install 'mono-internvl[serve]'") from error
-        from mono_internvl.common.models import resolve_model
+        from mono_internvl.common.models import resolve_model, title_of
         from mono_internvl.serving.picture_sources import PictureSources
         from mono_internvl.serving.request_guard import LOOPBACK
         from mono_internvl.serving.server import ServerOptions, build_app, listen, run
@@ -75,7 +72,7 @@ def serve(
     bound = listen(host, port)
     loaded, processor = load_model(folder, device=device, dtype=dtype, image_token_id=image_token_id)
     options = ServerOptions(
-        name=name or _name_of(model),
+        name=name or title_of(model),
         sources=PictureSources(max_body * 2**20, allow_private_network, allow_local_files),
         max_tiles=max_tiles,
         max_pixels=max_pixels,
@@ -85,11 +82,3 @@ def serve(
     address = f"[{host}]" if ":" in host else host
     note(f"{options.name} at http://{address}:{bound.getsockname()[1]}/v1  (Ctrl-C ends)")
     run(build_app(loaded, processor, options), bound, access_log=access_log)
-
-
-def _name_of(model: str | None) -> str:
-    """The Hub id, or the folder's own name."""
-    if model is None:
-        return _BUNDLED_NAME
-    folder = Path(model).expanduser()
-    return folder.resolve().name or model if folder.is_dir() else model

@@ -27,7 +27,8 @@ def tiles(
         bool | None, typer.Option("--thumbnail/--no-thumbnail", help="the whole picture as the last tile")
     ] = None,
     model: Annotated[
-        str | None, typer.Option(metavar="MODEL", help="take the defaults of this folder's or Hub id's processor")
+        str | None,
+        typer.Option(metavar="MODEL", help="take the defaults of this folder's or Hub id's processor, or nano's"),
     ] = None,
     max_pixels: MaxPixelsOption = DEFAULT_MAX_PIXELS,
 ) -> None:

@@ -1,5 +1,5 @@
 """Models and processors by name, as the command line and the evaluation harnesses are given them: a folder, an adapter
-over its base, a Hub id or nothing (the bundled nano); their device and dtype.
+over its base, a Hub id, `nano` or nothing (the bundled nano); their device and dtype.
 
 Whatever is wrong with a model's files is one `ModelError` that names it. Nothing is printed.
 """
@@ -7,6 +7,7 @@ Whatever is wrong with a model's files is one `ModelError` that names it. Nothin
 from __future__ import annotations
 
 import os
+import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -24,8 +25,12 @@ from ..queries_mono_internvl import check_same_queries
 
 # The nano travels with the package, beside the model's code.
 BUNDLED_MODEL = Path(__file__).resolve().parent.parent
-# Its name where a model has to be named: a recipe, a harness.
+# Its name where a model has to be named: a command, a recipe, a harness.
 BUNDLED_NAME = "nano"
+# The name that it has for others: clients of a server, runtimes, model cards.
+BUNDLED_TITLE = "mono-internvl-nano"
+# A repository of the Hub; some commands take its revision too.
+HUB_ID = re.compile(r"(?!\.)([\w.-]+/[\w.-]+)(?:@(.+))?")
 # None: the checkpoint's own.
 DTYPES = {"auto": None, "bfloat16": torch.bfloat16, "float32": torch.float32}
 FLOAT16 = ("float16", "fp16", "half")
@@ -33,6 +38,45 @@ FLOAT16 = ("float16", "fp16", "half")
 
 class ModelError(ValueError):
     """A model folder or Hub repository that cannot be used."""
+
+
+class NoSuchModel(ModelError, FileNotFoundError):
+    """A name that is neither a folder nor could be a Hub id."""
+
+
+def find_folder(model: str | os.PathLike[str]) -> Path | None:
+    """The folder that a name means, whatever it holds, or None for a Hub id (`owner/name`, `owner/name@revision`).
+
+    `nano`, where nothing else has that name, is the bundled model.
+
+    Raises:
+        NoSuchModel: neither; says what is allowed.
+    """
+    path = Path(model).expanduser()
+    if str(model) and path.is_dir():  # an empty path is the working folder's
+        return path
+    if str(model) and os.path.lexists(path):
+        what = "a file, not a model folder" if path.exists() else "a link to something that does not exist"
+        raise NoSuchModel(f"no such model folder: {model} is {what}")
+    if str(model) == BUNDLED_NAME:
+        return BUNDLED_MODEL
+    if not HUB_ID.fullmatch(str(model)):
+        raise NoSuchModel(
+            f"no such model folder: {model} (a Hub id looks like owner/name, the bundled model is {BUNDLED_NAME})"
+        )
+    return None
+
+
+def title_of(model: str | os.PathLike[str] | None) -> str:
+    """What a model is called where others see it: a Hub id, a folder's own name, or `BUNDLED_TITLE`.
+
+    Raises:
+        NoSuchModel: as `find_folder`.
+    """
+    folder = BUNDLED_MODEL if model is None else find_folder(model)
+    if folder is None:
+        return str(model)
+    return BUNDLED_TITLE if folder.resolve() == BUNDLED_MODEL else folder.resolve().name or str(model)
 
 
 def resolve_model(model: str | None) -> str:
@@ -43,23 +87,12 @@ def resolve_model(model: str | None) -> str:
     Raises:
         ModelError: neither, or an adapter without its base; names it.
     """
-    if model is None:
-        return str(BUNDLED_MODEL)
-    path = Path(model).expanduser()
-    if path.is_dir():
-        if base_of_adapter(str(path)) is None and not (path / "config.json").is_file():
-            raise ModelError(f"{model} is not a model folder: it has no config.json")
-        return str(path)
-    if path.exists():
-        raise ModelError(f"{model} is a file, not a model folder")
-    if model == BUNDLED_NAME:
-        return str(BUNDLED_MODEL)
-    is_hub_id = model.count("/") == 1 and not model.startswith(("/", ".", "~")) and not model.endswith("/")
-    if not is_hub_id or "\\" in model:
-        raise ModelError(
-            f"no such model folder: {model} (a Hub id looks like owner/name, the bundled model is {BUNDLED_NAME})"
-        )
-    return model
+    folder = BUNDLED_MODEL if model is None else find_folder(model)
+    if folder is None:
+        return str(model)
+    if base_of_adapter(str(folder)) is None and not (folder / "config.json").is_file():
+        raise ModelError(f"{model} is not a model folder: it has no config.json")
+    return str(folder)
 
 
 def base_of_adapter(model: str) -> str | None:

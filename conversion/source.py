@@ -22,6 +22,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 
 from ..common.files import read_json
+from ..common.models import HUB_ID, find_folder, title_of
 
 
 logger = logging.getLogger(__name__)
@@ -79,7 +80,8 @@ class Origin(NamedTuple):
 
 
 def find_source(source: str | os.PathLike[str]) -> tuple[Path, Origin]:
-    """A folder as it is; a Hub id (`owner/name` or `owner/name@revision`) is downloaded into the Hub's cache.
+    """A folder as it is, `nano` the bundled model; a Hub id (`owner/name` or `owner/name@revision`) is downloaded into
+    the Hub's cache.
 
     Without a network, or with HF_HUB_OFFLINE, what is in the cache is taken.
 
@@ -87,16 +89,13 @@ def find_source(source: str | os.PathLike[str]) -> tuple[Path, Origin]:
         FileNotFoundError: neither a folder nor a Hub id, or not in the cache and the Hub cannot be reached.
         ValueError: a folder without config.json, or a LoRA adapter.
     """
-    folder = Path(source).expanduser()
-    if folder.is_dir():
+    folder, match = find_folder(source), HUB_ID.fullmatch(str(source))
+    if folder is not None:
         refuse_adapter(folder)
         if not (folder / "config.json").is_file():
             raise ValueError(f"{source} is not a model folder: it has no config.json")
-        return folder, Origin(folder.resolve().name)
-    match = re.fullmatch(r"([\w.-]+/[\w.-]+)(?:@(.+))?", str(source))
-    if os.path.lexists(folder) or not match or str(source).startswith("."):
-        what = "it is a file" if folder.is_file() else "a Hub id looks like owner/name"
-        raise FileNotFoundError(f"no such model folder: {source} ({what})")
+        return folder, Origin(title_of(source))
+    assert match is not None
     repo, revision = match.groups()
     folder = _from_hub(repo, revision)
     refuse_adapter(folder)

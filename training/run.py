@@ -14,7 +14,7 @@ from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM, TrainingA
 from transformers.integrations import is_tensorboard_available
 
 from ..common.files import read_json, write_json
-from ..common.models import resolve_model
+from ..common.models import find_folder, resolve_model
 from ..image_processing_mono_internvl import MonoInternVLImageProcessor
 from ..modeling_mono_internvl import MonoInternVLForCausalLM
 from ..plates.tasks import PlateWorld
@@ -257,7 +257,8 @@ def dense_config(dimensions: Mapping[str, Any], processor: MonoInternVLProcessor
     return LlamaConfig(**{**tokens, **dimensions})
 
 
-def _processor(folder: str) -> MonoInternVLProcessor:
+def _processor(name: str) -> MonoInternVLProcessor:
+    folder = str(find_folder(name) or name)
     try:
         return MonoInternVLProcessor.from_pretrained(folder)
     except OSError:
