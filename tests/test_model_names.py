@@ -28,7 +28,8 @@ RECORD = (
 )
 # What the name of a model is called in usage lines.
 METAVARS = {"MODEL", "[MODEL]", "SRC", "ADAPTER"}
-# Command -> its arguments around a model's name, and a pattern of what it says of the nano (an error where it starts so).
+# Command -> its arguments around a model's name, and a pattern of what it says of the nano (where it starts so, an
+# error).
 COMMANDS = {
     "chat": (("--model", "{}", PLATE, "How many circles are there?", "--device", "cpu"), "^2\n$"),
     "demo": (("--model", "{}", "--device", "cpu"), "the page of nano"),
