@@ -16,7 +16,7 @@ import torch
 from transformers import PreTrainedConfig
 
 from .. import __version__
-from ..common.engines import refuse_additions, stop_token_ids
+from ..common.engines import check_tokens, refuse_additions, stop_token_ids
 from ..common.files import read_json, write_json
 from ..compat_mono_internvl import IN_FLOAT16
 from ..configuration_checks_mono_internvl import fields_of
@@ -81,7 +81,7 @@ def export_mlx(
 
     Raises:
         ValueError: not a Mono-InternVL, one that MLX's code cannot run (activation, float16, queries, gates), no
-            tokenizer, an unknown dtype; names it.
+            tokenizer or one of other ids than the configuration's, an unknown dtype; names it.
         FileExistsError, FileNotFoundError, OSError: as for `conversion.convert_checkpoint`.
     """
     if dtype is not None and dtype not in DTYPES:
@@ -95,13 +95,15 @@ def export_mlx(
     refuse_additions(config, "the MLX code")
     if not has_tokenizer(folder):
         raise ValueError(f"{folder} has no tokenizer, without which mlx-vlm cannot use it")
+    processor = MonoInternVLProcessor.from_pretrained(folder)
+    check_tokens(config, processor, str(folder))
     with Checkpoint(folder) as given:
         plan = plan_mlx(config, given, None if dtype is None else DTYPES[dtype])
         _refuse_float16(plan, given)
         key = job_key(given, __version__, "export mlx", dtype, shard_bytes, plan, _code(), config.to_json_string())
         with temporary_folder(destination, key, plan.nbytes) as work:
             with naming(work, work):
-                _write_files(work, folder, config)
+                _write_files(work, folder, config, processor)
             _, outputs = write_shards(plan, given, work, shard_bytes, progress, False)
             publish_folder(work, destination)
     return Exported(destination, len(plan.outputs), len(outputs), plan.nbytes)
@@ -141,10 +143,10 @@ def _code() -> str:
     return Path(__file__).with_name("mlx_model.py").read_text(encoding="utf-8")
 
 
-def _write_files(work: Path, folder: Path, config: MonoInternVLConfig) -> None:
+def _write_files(work: Path, folder: Path, config: MonoInternVLConfig, processor: MonoInternVLProcessor) -> None:
     (work / MODEL_FILE).write_text(_code(), encoding="utf-8")
     write_json(work / "config.json", mlx_config(config))
-    MonoInternVLProcessor.from_pretrained(folder).save_pretrained(work)
+    processor.save_pretrained(work)
     for name in ("processor_config.json", "preprocessor_config.json", "tokenizer_config.json"):
         write_json(work / name, _of_mlx(read_json(work / name)))
     generation = folder / "generation_config.json"

@@ -33,7 +33,7 @@ from vllm.renderers.hf import HfRenderer
 from vllm.renderers.params import ChatParams
 from vllm.tokenizers.hf import get_cached_tokenizer
 
-from ..common.engines import stop_token_ids
+from ..common.engines import check_tokens
 from ..configuration_mono_internvl import MonoInternVLConfig
 from ..processing_mono_internvl import MonoInternVLProcessor
 from ..tiling_mono_internvl import AUTO, AutoTiles
@@ -201,21 +201,11 @@ class PictureInfo(BaseProcessingInfo):
     def get_hf_processor(self, **kwargs: object) -> MonoInternVLProcessor:
         """
         Raises:
-            ValueError: a control token's id in the tokenizer is not that in the configuration.
+            ValueError: the tokenizer's control tokens are not those of the configuration; as `check_tokens`.
         """
         model = self.ctx.model_config
         processor = load_processor(model.model, model.revision)
-        config = self.get_hf_config()
-        if processor.image_token_ids != config.image_token_ids:
-            raise ValueError(
-                f"<IMG_CONTEXT>, <img> and </img> are {config.image_token_ids} in the configuration of {model.model}, "
-                f"but {processor.image_token_ids} in its tokenizer; they must match"
-            )
-        if absent := sorted({*processor.stop_token_ids} - {*stop_token_ids(config)}):
-            raise ValueError(
-                f"stop_token_ids={config.stop_token_ids} in the configuration of {model.model} lacks {absent}, where "
-                "its tokenizer has <|im_end|> and <|im_start|>"
-            )
+        check_tokens(self.get_hf_config(), processor, model.model)
         return processor
 
     def parse_mm_data(self, mm_data, **kwargs):  # type: ignore[no-untyped-def]

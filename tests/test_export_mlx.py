@@ -175,6 +175,21 @@ def test_other_folders_and_options_are_refused(tmp_path, nano_processor):
         export_mlx(source, tmp_path / "out")
 
 
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [
+        ({"image_token_id": 300}, r"<IMG_CONTEXT>, <img> and </img> are \[300, .*native, but \[\d+, .*must match"),
+        ({"stop_token_ids": []}, r"\d+ \(<\|im_end\|>\), \d+ \(<\|im_start\|>\) end an answer by the tokenizer of "),
+    ],
+)
+def test_other_ids_than_the_tokenizers_are_refused(tmp_path, nano_processor, values, message):
+    source = write(tmp_path / "native", nano_processor)
+    (source / "config.json").write_text(json.dumps({**read(source / "config.json"), **values}))
+    with pytest.raises(ValueError, match=message):
+        export_mlx(source, tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
 def test_learnable_queries_have_no_place(tmp_path, nano_processor):
     queries = {"num_learnable_queries": 4, "query_token_id": 300}
     source = write(tmp_path / "native", nano_processor)

@@ -17,6 +17,7 @@ from conftest import ROOT, noise, tiny_config, tiny_model
 from helpers_cli import failure, run
 from helpers_families import BASES, OWN_TEMPLATES, ROPES, make_base, randomise
 from mono_internvl import MonoInternVLConfig, MonoInternVLForCausalLM, MonoInternVLProcessor
+from mono_internvl.common.engines import check_tokens
 from mono_internvl.common.parameters import group_of
 from mono_internvl.configuration_checks_mono_internvl import context_length
 from mono_internvl.conversion import convert_checkpoint, expand_checkpoint
@@ -747,6 +748,16 @@ def test_a_template_of_turns_that_the_tokenizer_lacks_is_refused(made):
     chatml = TEMPLATES["chatml"].source({})
     with pytest.raises(ValueError, match=r"writes <\|im_start\|>, which the tokenizer lacks"):
         processor.apply_chat_template(MESSAGES, chat_template=chatml, tokenize=True, images=[noise(56, 56)])
+
+
+@pytest.mark.parametrize(("name", "ends"), [("llama", r"<\|eot_id\|>"), ("qwen3", r"<\|im_end\|>")])
+def test_an_engine_is_told_of_the_tokens_that_end_answers_by_their_own_names(made, name, ends):
+    one = made(name)
+    config = MonoInternVLConfig.from_pretrained(one.folder)
+    check_tokens(config, one.processor, name)
+    config.stop_token_ids, config.text_config.eos_token_id = [], None
+    with pytest.raises(ValueError, match=rf"\d+ \({ends}\).* end an answer by the tokenizer of {name}, but not by its"):
+        check_tokens(config, one.processor, name)
 
 
 # -------------------------------------------------------------------------------------------------------------- a life

@@ -16,7 +16,7 @@ from safetensors.torch import load_file
 from typer.testing import CliRunner
 
 from conftest import ROOT, golden, tiny_model
-from mono_internvl.common.engines import stop_token_ids
+from mono_internvl.common.engines import check_tokens, stop_token_ids
 from mono_internvl.serving import check_vllm
 from mono_internvl.serving.checkpoint import is_mono_internvl, native_weights, serving_config
 from mono_internvl.serving.requests import pictures_then_text, take_max_tiles, with_placeholders
@@ -48,6 +48,16 @@ def test_serving_config_of_the_bundled_model(nano_processor):
     config = serving_config(read_config(ROOT))
     assert config.architectures == ["MonoInternVLForCausalLM"]
     assert sorted(config.eos_token_id) == sorted(nano_processor.stop_token_ids)
+
+
+def test_a_token_that_ends_answers_is_named_as_its_tokenizer_has_it(nano_processor):
+    config = serving_config(read_config(ROOT))
+    check_tokens(config, nano_processor, "nano")
+    config.stop_token_ids, config.text_config.eos_token_id = [], nano_processor.tokenizer.eos_token_id
+    ends = nano_processor.tokenizer.convert_tokens_to_ids(["<|im_end|>", "<|im_start|>"])
+    named = f"{ends[0]} (<|im_end|>), {ends[1]} (<|im_start|>) end an answer by the tokenizer of nano"
+    with pytest.raises(ValueError, match=re.escape(named)):
+        check_tokens(config, nano_processor, "nano")
 
 
 def test_serving_config_of_an_official_folder():
