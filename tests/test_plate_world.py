@@ -12,15 +12,19 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import typer
 from PIL import Image, ImageChops, ImageFont
+from typer.testing import CliRunner
 
+from mono_internvl.common.record import picture_sizes
 from mono_internvl.evaluation.answers import Outcome
 from mono_internvl.evaluation.plates import PlateResults
 from mono_internvl.evaluation.scoring import box_iou, is_correct, parse_box, parse_caption
-from mono_internvl.plates import evaluation_pictures
+from mono_internvl.plates import evaluation_pictures, number_pictures
 from mono_internvl.plates.drawing import draw_plate
 from mono_internvl.plates.fonts import HELD_OUT_FONTS, training_fonts
 from mono_internvl.plates.layout import sample_plate, sample_sheet
+from mono_internvl.plates.number_pictures import Study, draw_number, font_files, write_pictures
 from mono_internvl.plates.questions import questions
 from mono_internvl.plates.tasks import listing
 from mono_internvl.plates.words import (
@@ -34,6 +38,7 @@ from mono_internvl.plates.words import (
     caption_of,
     position_of,
 )
+from mono_internvl.training.sources import FileRecords
 
 
 @pytest.fixture(scope="module")
@@ -375,3 +380,52 @@ def test_box_iou():
     assert box_iou((0, 0, 10, 10), (5, 0, 15, 10)) == pytest.approx(1 / 3)
     assert box_iou((0, 0, 10, 10), (10, 10, 20, 20)) == 0
     assert box_iou((10, 10, 0, 0), (0, 0, 10, 10)) == 0
+
+
+# ----------------------------------------------------------------------------------------------- pictures of one number
+
+
+def test_digits_of_a_study_stand_where_it_says(tmp_path):
+    studies = [Study(3, 22, 8), Study(1, 30), Study(2, 12, 0, 112)]
+    assert [study.category for study in studies] == ["3 digits, 22 px, at 8", "1 digit, 30 px", "2 digits, 12 px, at 0"]
+    for study in studies:
+        for seed in range(20):
+            image, text = draw_number(random.Random(seed), study, [""])
+            assert image.size == (study.side, study.side) and len(text) == study.digits == len(str(int(text)))
+            ground = Image.new("RGB", image.size, image.getpixel((0, 0)))
+            left, _, right, _ = ImageChops.difference(image, ground).getbbox()
+            # Ink fills a cell but for its sides.
+            assert right - left <= study.digits * study.width
+            assert right - left > (study.digits - 0.8) * study.width
+            if study.offset is not None:
+                assert (left - study.offset) % 28 < 0.45 * study.width
+    again = [draw_number(random.Random(3), studies[0], [""]) for _ in range(2)]
+    assert again[0][1] == again[1][1] and again[0][0].tobytes() == again[1][0].tobytes()
+    with pytest.raises(ValueError, match=r"3 digits, 90 px: no room for it in 224 px"):
+        draw_number(random.Random(0), Study(3, 90), [""])
+
+
+def test_pictures_of_numbers_are_records(tmp_path):
+    pytest.importorskip("matplotlib", reason="brings the held-out fonts")
+    held_out, training = font_files("held-out"), font_files("training")
+    assert len(held_out) == 5 and all(Path(path).is_file() for path in held_out)
+    assert "" in training and not set(held_out) & set(training)
+    with pytest.raises(ValueError, match="'serif' is not one of held-out, training"):
+        font_files("serif")
+    assert write_pictures(tmp_path, [Study(3, 20), Study(1, 20)], 2, held_out, enlarge=2) == 4
+    source = FileRecords(tmp_path / "numbers.jsonl")
+    records = [source[index] for index in range(4)]
+    assert [record.category for record in records] == ["3 digits, 20 px"] * 2 + ["1 digit, 20 px"] * 2
+    assert picture_sizes(records[0].messages) == [(448, 448)]
+    assert len({record.messages[0]["content"][1]["image"] for record in records}) == 4
+    assert records[0].messages[0]["content"][-1]["text"].strip() == CANONICAL["number"]
+
+
+def test_the_pictures_of_numbers_command(tmp_path):
+    pytest.importorskip("matplotlib", reason="brings the held-out fonts")
+    app = typer.Typer()
+    app.command()(number_pictures.main)
+    options = [str(tmp_path), "--digits", "2", "--widths", "12,20", "--offsets", "0,7", "--each", "1"]
+    assert CliRunner().invoke(app, options).stdout == f"4 records: {tmp_path / 'numbers.jsonl'}\n"
+    for words in (["--widths", "12,12"], ["--digits", "two"], ["--widths", "200"], ["--fonts", "serif"]):
+        assert CliRunner().invoke(app, [str(tmp_path), "--each", "1", *words]).exit_code == 2
