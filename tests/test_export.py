@@ -230,7 +230,7 @@ def test_the_keys_of_the_nano(tmp_path):
     expected = {
         "general.architecture": "llama",
         "general.type": "model",
-        "general.name": ROOT.resolve().name,
+        "general.name": "mono-internvl-nano",
         "general.license": "mit",
         "llama.context_length": decoder["max_position_embeddings"],
         "llama.block_count": decoder["num_hidden_layers"],
