@@ -27,6 +27,7 @@ _QUIET_BYTES = 1 << 30
 DTYPES = ("auto", "bfloat16", "float32")
 FLOAT16 = ("float16", "fp16", "half")
 DEFAULT_MAX_PIXELS = 100_000_000
+HTTP_LIBRARIES = ("httpx2", "httpx")
 _LONGEST_MESSAGE = 600
 
 ModelOption = Annotated[
@@ -79,7 +80,10 @@ def set_debug(debug: bool) -> None:
 def user_errors() -> tuple[type[BaseException], ...]:
     """What a user's input, files, network or memory can raise; anything else is a bug and keeps its traceback."""
     # Asked for only when something is raised, when the modules are loaded already or cannot have raised.
-    by_module = (("safetensors", "SafetensorError"), ("torch", "OutOfMemoryError"), ("httpx", "HTTPError"))
+    by_module = (
+        *(("safetensors", "SafetensorError"), ("torch", "OutOfMemoryError")),
+        *((library, "HTTPError") for library in HTTP_LIBRARIES),
+    )
     found = [getattr(sys.modules[module], name) for module, name in by_module if module in sys.modules]
     return (ValueError, OSError, ImportError, MemoryError, pickle.UnpicklingError, *found)
 

@@ -59,6 +59,8 @@ _WRAPPERS = {
     "_checkpoint_wrapped_module": "saved from inside a checkpointing wrapper; save the model without it",
 }
 MONO_INTERNVL = "a Mono-InternVL already"
+# What the Hub's client asks with: from its version 2 on, and before. Each has an HTTPError, which is no OSError.
+HTTP_LIBRARIES = ("httpx2", "httpx")
 # What a snapshot of the Hub needs besides weights.
 _HUB_FILES = ["*.json", "tokenizer.model", "*.jinja", "README.md", "LICENSE*", "NOTICE*"]
 
@@ -137,8 +139,7 @@ def _from_hub(repo: str, revision: str | None) -> Path:
 
 def _unreachable() -> tuple[type[Exception], ...]:
     """What an unreachable Hub raises, by the client's library; offline mode is an OSError too."""
-    by_module = (("httpx", "HTTPError"), ("requests", "RequestException"))
-    return (OSError, *(getattr(sys.modules[module], name) for module, name in by_module if module in sys.modules))
+    return (OSError, *(sys.modules[name].HTTPError for name in HTTP_LIBRARIES if name in sys.modules))
 
 
 def adapter_settings(folder: Path) -> dict[str, Any] | None:

@@ -28,6 +28,7 @@ from mono_internvl.common.tiling import MAX_WIDTH, cut, draw_tiling
 from mono_internvl.configuration_checks_mono_internvl import QUERY_PLACEMENTS
 from mono_internvl.configuration_mono_internvl import VISUAL_ATTENTION_EXPERTS
 from mono_internvl.conversion.convert import LAYOUTS
+from mono_internvl.conversion.source import HTTP_LIBRARIES
 from mono_internvl.evaluation import plates
 from mono_internvl.evaluation import records as evaluation_records
 from mono_internvl.evaluation.answers import answer_conversations
@@ -127,6 +128,7 @@ def test_what_the_commands_repeat_is_the_librarys():
     assert tuple(models.DTYPES) == common.DTYPES
     assert models.FLOAT16 == common.FLOAT16
     assert common.DEFAULT_MAX_PIXELS == DEFAULT_MAX_PIXELS
+    assert common.HTTP_LIBRARIES == HTTP_LIBRARIES
     assert benchmark_module.PARTS == benchmarks.PARTS
     assert convert_module.LAYOUTS == LAYOUTS
     assert expand_module.VISUAL_ATTENTION_EXPERTS == VISUAL_ATTENTION_EXPERTS

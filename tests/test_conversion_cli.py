@@ -1,11 +1,16 @@
 """`mono-internvl expand` and `convert`: what they print where, and their exit statuses."""
 
 import json
+import sys
+import types
 
 import pytest
+from huggingface_hub import HfApi
+from huggingface_hub.errors import HfHubHTTPError
 
 from helpers_cli import failure, run
 from helpers_dense import dense_state, write_dense
+from mono_internvl.conversion.source import HTTP_LIBRARIES
 
 
 OPTIONS = ("--tile-size", 56, "--vision-hidden-size", 16)
@@ -82,6 +87,38 @@ def test_mistakes_are_one_line(folders, tmp_path):
     assert "overflow to NaN" in failure("expand", base / "dense", tmp_path / "out", "--dtype", "float16")
     bad = write_dense(tmp_path / "bad", state={**dense_state(), "x": dense_state()["output.weight"]})
     assert "1 unexpected: x in" in failure("expand", bad, tmp_path / "out", *OPTIONS)
+
+
+@pytest.mark.parametrize("library", [*HTTP_LIBRARIES, None])
+def test_a_hub_that_is_not_reached_is_one_line(tmp_path, monkeypatch, library):
+    class HTTPError(Exception):
+        """As in those libraries, no OSError."""
+
+    if library is None:
+        # The client that is installed; its own errors are made of its library's.
+        (theirs,) = {
+            kind.__module__.split(".")[0]: kind for kind in HfHubHTTPError.__mro__ if kind.__name__ == "HTTPError"
+        }.values()
+        assert theirs.__module__.split(".")[0] in HTTP_LIBRARIES
+        error = theirs("refused")
+    else:
+        module = types.ModuleType(library)
+        module.HTTPError = HTTPError
+        monkeypatch.setitem(sys.modules, library, module)
+        error = HTTPError("refused")
+
+    def fails(*given, **options):
+        raise error
+
+    monkeypatch.setattr(HfApi, "list_repo_files", fails)
+    monkeypatch.setenv("HF_HUB_CACHE", str(tmp_path / "hub"))
+    for command in (("expand",), ("export", "mlx"), ("convert",)):
+        options = ("--to", "native") if command == ("convert",) else ()
+        message = failure(*command, "nobody/nothing-2b", tmp_path / "out", *options)
+        assert message == "error: nobody/nothing-2b is not in the Hub's cache, and the Hub was not reached: refused"
+    # Where nobody waits for it, it is one line, too.
+    monkeypatch.setattr("mono_internvl.conversion.expand_checkpoint", fails)
+    assert failure("expand", tmp_path, tmp_path / "out") == "error: refused"
 
 
 @pytest.mark.parametrize(
