@@ -665,6 +665,9 @@ def test_the_command(make, tmp_path):
     assert text["general.name"] == "Tiny" and text["general.file_type"] == gguf.LlamaFileType.MOSTLY_Q8_0
     assert "out is not empty" in failure("export", "gguf", source, tmp_path / "out")
     assert "no such model folder" in failure("export", "gguf", tmp_path / "none", tmp_path / "new")
+    for tiles in ("auto", "0"):  # a file has one number
+        wrong = run("export", "gguf", source, tmp_path / "new", "--max-tiles", tiles)
+        assert wrong.exit_code == 2 and "--max-tiles" in wrong.stderr and not (tmp_path / "new").exists()
     wrong = run("export", "gguf", source, tmp_path / "new", "--type", "q3_k")
     assert wrong.exit_code == 2 and "q3_k is not one of auto" in wrong.stderr
     assert sys.modules["mono_internvl_cli.export"].GGUF_TYPES == GGUF_TYPES
