@@ -33,6 +33,21 @@ INTERNLM2_FILE = ROOT.parent / "shared" / "data" / "internlm2" / "tokenizer.mode
 LOCAL_GOLDEN = ROOT / "tests" / "golden"
 
 
+class PlainRoot:
+    """The repository is a package, and to pytest a parent of the tests, which it imports by its folder's name. A clone
+    of another name would be a second package, and one called `mono-internvl`, which names no module, an error of every
+    test."""
+
+    def pytest_collect_directory(self, path: Path, parent: pytest.Collector) -> pytest.Collector | None:
+        is_clone = path.name != "mono_internvl" and path.samefile(ROOT)
+        return pytest.Dir.from_parent(parent, path=path) if is_clone else None
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    # As a plugin: the hooks of a conftest are not asked about folders above it.
+    config.pluginmanager.register(PlainRoot())
+
+
 def golden(*parts: str) -> Path:
     """A golden file: the copy in tests/golden, else the shared one; skips where neither is there."""
     for base in (LOCAL_GOLDEN, SHARED_GOLDEN):

@@ -53,3 +53,12 @@ def test_the_wheel_holds_everything(tmp_path):
     assert (done.stdout, done.stderr) == ("2\n", "")
     (script,) = (tmp_path / "site" / "bin").glob("mono-internvl*")
     assert "mono_internvl_cli" in script.read_text(encoding="utf-8")
+
+
+def test_the_tests_run_in_a_clone_of_any_name(tmp_path):
+    clone = tmp_path / "not-a-module"
+    clone.symlink_to(ROOT, target_is_directory=True)
+    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-k", "has_a_floor"]
+    command.append(str(clone / "tests" / "test_house.py"))
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0 and "1 passed" in done.stdout, done.stdout[-2000:]
