@@ -41,6 +41,10 @@ MaxTilesOption = Annotated[
         help="most tiles of the pictures; auto enlarges none  [default: the model's]",
     ),
 ]
+# For files of other runtimes, which count alone.
+MaxTilesNumberOption = Annotated[
+    int | None, typer.Option(min=1, metavar="N", help="most tiles of a picture  [default: the model's]")
+]
 MaxPixelsOption = Annotated[int, typer.Option(min=1, metavar="N", help="refuse pictures with more pixels")]
 DeviceOption = Annotated[str, typer.Option(metavar="DEVICE", help="auto, cpu, cuda, cuda:N or mps")]
 DtypeOption = Annotated[str, typer.Option(metavar="DTYPE", help=", ".join(DTYPES))]

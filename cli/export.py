@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from .common import ImageTokenOption, quiet_libraries
+from .common import ImageTokenOption, MaxTilesNumberOption, quiet_libraries
 from .convert import byte_bar, one_of
 from .export_mlx import mlx
 
@@ -35,9 +35,7 @@ def gguf(
         str, typer.Option("--type", metavar="TYPE", help=f"of the matrices: {', '.join(GGUF_TYPES)} (the model's own)")
     ] = "auto",
     name: Annotated[str | None, typer.Option(metavar="NAME", help="what runtimes show  [default: MODEL's]")] = None,
-    max_tiles: Annotated[
-        int | None, typer.Option(min=1, metavar="N", help="most tiles of a picture  [default: the model's]")
-    ] = None,
+    max_tiles: MaxTilesNumberOption = None,
     image_token_id: ImageTokenOption = None,
     repaired_cogvlm: Annotated[
         bool, typer.Option("--repaired-cogvlm", help="for a llama.cpp that heeds theta with visual attention experts")
