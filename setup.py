@@ -74,7 +74,10 @@ setup(
         "gguf": GGUF,
         # The fonts that the bundled model learnt its digits from.
         "nano": [*TRAIN, *EVAL, *FONTS],
-        "dev": [*TRAIN, *EVAL, *GGUF, *KERNEL, *SERVE, *VIDEO, "openai", "trl", "pytest", "pytest-xdist", "ruff", "mypy"],
+        "dev": [
+            *(*TRAIN, *EVAL, *GGUF, *KERNEL, *SERVE, *VIDEO),
+            *("openai", "trl", "pytest", "pytest-xdist", "ruff", "mypy"),
+        ],
     },
     entry_points={
         "console_scripts": ["mono-internvl = mono_internvl_cli:main"],
