@@ -24,15 +24,17 @@ class MonoInternVLInputs(BatchFeature):
     model's own: TRL's fused head, its DFT and label smoothing count what they are given.
     """
 
-    image_token_id: int | None = None
+    placeholder_ids: tuple[int, ...] = ()
 
     def __setitem__(self, key: str, value: Any) -> None:
-        if key == "labels" and self.image_token_id is not None:
+        if key == "labels":
             if isinstance(value, torch.Tensor):
                 ids = self.data.get("input_ids")
                 # In place, as whoever made the labels may go on changing them; but not where they are the ids.
                 shared = isinstance(ids, torch.Tensor) and value.data_ptr() == ids.data_ptr()
-                value = (value.clone() if shared else value).masked_fill_(value.eq(self.image_token_id), -100)
+                value = value.clone() if shared else value
+                for token in self.placeholder_ids:
+                    value.masked_fill_(value.eq(token), -100)
             else:
                 value = self._without_placeholders(value)
         super().__setitem__(key, value)
@@ -42,7 +44,7 @@ class MonoInternVLInputs(BatchFeature):
             labels = labels.tolist()
         if isinstance(labels, (list, tuple)):
             return [self._without_placeholders(label) for label in labels]
-        return -100 if labels == self.image_token_id else labels
+        return -100 if labels in self.placeholder_ids else labels
 
 
 def _expand(

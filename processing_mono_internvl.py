@@ -380,7 +380,8 @@ class MonoInternVLProcessor(CountingMixin, ProcessorMixin):
             stacked = torch.cat(pixels)
             data["pixel_values"] = placed(stacked, options) if return_tensors == "pt" else stacked.numpy()
         inputs = MonoInternVLInputs(data, tensor_type=return_tensors)
-        inputs.image_token_id = vocabulary.image_token_id
+        placeholders = (vocabulary.image_token_id, self.query_token_id)
+        inputs.placeholder_ids = tuple(token for token in placeholders if token is not None)
         return inputs
 
     # ---- decoding
