@@ -73,6 +73,8 @@ def check_placement(count: Any, placement: Any) -> None:
         raise ValueError(f"num_learnable_queries={count!r} must be an integer that is not negative")
     if placement not in QUERY_PLACEMENTS:
         raise ValueError(f"query_placement={placement!r} must be one of {', '.join(QUERY_PLACEMENTS)}")
+    if count == 0 and placement != "image":
+        raise ValueError(f"query_placement={placement!r} needs num_learnable_queries")
 
 
 def check_grids(count: int, grids: Any) -> list[int]:
@@ -102,11 +104,14 @@ def check_queries(config: Any) -> list[int] | None:
             raise ValueError(f"query_grids={grids!r} and query_token_id={token!r} need num_learnable_queries")
         return None
     grids = check_grids(count, grids)
-    taken = (config.image_token_id, config.image_start_token_id, config.image_end_token_id)
-    if type(token) is not int or not 0 <= token < config.text_config.vocab_size or token in taken:
+    text = config.text_config
+    taken = [config.image_token_id, config.image_start_token_id, config.image_end_token_id, *config.stop_token_ids]
+    for other in (text.bos_token_id, text.eos_token_id, text.pad_token_id):
+        taken += other if isinstance(other, list) else [other]
+    if type(token) is not int or not 0 <= token < text.vocab_size or token in taken:
         raise ValueError(
-            f"query_token_id={token!r} must be an id of its own in the vocabulary of {config.text_config.vocab_size}, "
-            f"not one of a picture's: the placeholder of the {count} learnable queries"
+            f"query_token_id={token!r} must be an id of its own in the vocabulary of {text.vocab_size}, none of a "
+            f"picture's, of padding, or that begins or ends a text: the placeholder of the {count} learnable queries"
         )
     return grids
 

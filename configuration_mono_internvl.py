@@ -72,7 +72,9 @@ _RELEASED_NAMES = {
 
 # Follow `image_token_id` where they are not given.
 _CONTROL_IDS = ("image_start_token_id", "image_end_token_id", "stop_token_ids")
-_OVERRIDES = ("image_token_id", *_CONTROL_IDS, "visual_attention_experts", "tie_word_embeddings")
+# Of learnable queries; written only where there are some.
+_OF_QUERIES = ("num_learnable_queries", "query_grids", "query_placement", "query_token_id")
+_OVERRIDES = ("image_token_id", *_CONTROL_IDS, "visual_attention_experts", "tie_word_embeddings", *_OF_QUERIES)
 # Of the decoder alone; others of its fields are set on the whole configuration too, by transformers' trainers.
 _TEXT_DIMENSIONS = frozenset(
     {
@@ -378,8 +380,7 @@ class MonoInternVLConfig(PreTrainedConfig):
             self.stop_token_ids = [value + stop for stop in _STOPS if value + stop >= 0]
 
     def to_dict(self) -> dict[str, Any]:
-        names = ("num_learnable_queries", "query_grids", "query_placement", "query_token_id")
-        return without_unused(super().to_dict(), names[0], names)
+        return without_unused(super().to_dict(), _OF_QUERIES[0], _OF_QUERIES)
 
     @property
     def image_token_ids(self) -> list[int]:

@@ -165,10 +165,8 @@ def read_additions(
         grids = check_grids(num_learnable_queries, query_grids)
         found = {"num_learnable_queries": num_learnable_queries, "query_grids": grids}
         found["query_placement"] = query_placement
-    elif query_grids is not None or query_placement != "image":
-        raise ValueError(
-            f"query_grids={query_grids!r} and query_placement={query_placement!r} need num_learnable_queries"
-        )
+    elif query_grids is not None:
+        raise ValueError(f"query_grids={query_grids!r} need num_learnable_queries")
     return {**found, "expert_gates": True} if expert_gates else found
 
 
