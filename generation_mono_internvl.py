@@ -188,7 +188,7 @@ class MonoInternVLGenerationMixin(GenerationMixin):
         for number, prompt in enumerate(prompts):
             if not isinstance(prompt, (list, tuple)) or not all(type(token) is int for token in prompt) or not prompt:
                 raise ValueError(f"prompt {number} of generate_batch is not a list of token ids: {str(prompt)[:60]!r}")
-            if self.config.image_token_id in prompt:  # type: ignore[attr-defined]
+            if not {self.config.image_token_id, self.config.query_token_id}.isdisjoint(prompt):  # type: ignore[attr-defined]
                 raise ValueError(f"prompt {number}: {_NO_PICTURES}")
         own = set(inspect.signature(GenerationMixin.generate_batch).parameters) - {"self", "inputs", "kwargs"}
         options = {name: kwargs.pop(name) for name in list(kwargs) if name not in own}

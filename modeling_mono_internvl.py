@@ -16,7 +16,7 @@
    one of them is visual (or, in a compiled call with pictures, may be), hidden states or attentions are recorded, or
    the model trains.
 7. With `num_learnable_queries` (BREEN, arXiv 2503.12446) a prompt with pictures also holds queries, learnt vectors that
-   are routed as visual tokens are (`queries_mono_internvl.py`).
+   are routed as visual tokens are, also on top of a cache that holds their pictures (`queries_mono_internvl.py`).
 8. Other bases than InternLM2 bring biases of some projections and norms of each head's queries and keys (`qk_norm`).
    Visual attention experts have biases and norms of their own.
 9. RoPE with a dynamic NTK that has no state: angles depend on this call's positions alone, and keys in the cache keep
@@ -65,7 +65,7 @@ from .norm_mono_internvl import MonoInternVLRMSNorm, add_head_norms, normalise_h
 from .output_head_mono_internvl import MonoInternVLOutputHead
 from .outputs_mono_internvl import MonoInternVLCausalLMOutputWithPast, MonoInternVLModelOutputWithPast
 from .prompt_mono_internvl import place_images
-from .queries_mono_internvl import MonoInternVLLearnableQueries, refuse_broken_blocks
+from .queries_mono_internvl import MonoInternVLLearnableQueries, holds_queries, refuse_broken_blocks
 from .rope_mono_internvl import MonoInternVLRotaryEmbedding, rotate, signed
 from .training_mono_internvl import empty_tiles, make_drop_path, next_token_loss, refuse_cache
 from .vision_mono_internvl import MonoInternVLMultiModalProjector, MonoInternVLVisionEmbeddings, as_patches
@@ -526,6 +526,9 @@ class MonoInternVLModel(MonoInternVLPreTrainedModel):
         visual_mask = visual_token_mask
         if visual_mask is None and visual_embeds is not None:
             visual_mask = self.get_placeholder_mask(input_ids, inputs_embeds)
+        if visual_embeds is None and visual_mask is None and holds_queries(input_ids, self.config):
+            visual_embeds = self.learnable_queries(0)  # type: ignore[misc]
+            visual_mask = self.get_placeholder_mask(input_ids, inputs_embeds)
         query_id = self.config.query_token_id if visual_embeds is not None else None
         query_mask = None if query_id is None else self.get_placeholder_mask(input_ids, inputs_embeds, query_id)
         if inputs_embeds is None:
@@ -628,7 +631,7 @@ class MonoInternVLForCausalLM(
 
         Raises:
             ValueError: visual tokens and placeholders differ in number; both counts are named. Not checked at inference
-                where there is neither a picture nor a mask: the placeholders of such a call are text.
+                where there is neither a picture nor a mask nor a query: the placeholders of such a call are text.
         """
         for name in _RECORDED:
             # The decoder, which records them, sees only its own part of the configuration.

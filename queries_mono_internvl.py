@@ -26,6 +26,21 @@ class MonoInternVLLearnableQueries(nn.Module):
         return self.weight.repeat(places // self.weight.shape[0], 1)
 
 
+def holds_queries(input_ids: torch.Tensor | None, config: MonoInternVLConfig) -> bool:
+    """Whether a call without pictures holds queries, whose pictures then lie in the cache.
+
+    A single token is not looked at: it is a step of decoding, and a query is never generated. In a graph, where the
+    host cannot ask, queries without their pictures are an assertion.
+    """
+    if input_ids is None or not config.num_learnable_queries or input_ids.shape[1] == 1:
+        return False
+    found = input_ids.eq(config.query_token_id)
+    if torch.compiler.is_compiling() or (found.is_cuda and torch.cuda.is_current_stream_capturing()):
+        torch._assert_async(~found.any(), "learnable queries without their pictures: not in a compiled call")
+        return False
+    return bool(found.any())
+
+
 def refuse_broken_blocks(broken_rows: int, config: MonoInternVLConfig) -> None:
     """
     Raises:
