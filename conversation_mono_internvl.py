@@ -23,6 +23,7 @@ from .prompt_mono_internvl import (
     marked_parts,
     place_images,
     read_messages,
+    without_picture_name,
 )
 
 
@@ -230,7 +231,8 @@ def with_queries(messages: list[dict[str, Any]], placement: str) -> list[dict[st
     """Plain messages with a part `{"type": "queries"}` for each block of learnable queries (BREEN, arXiv 2503.12446).
 
     `image`: behind each picture. `question`: behind a message with pictures comes another by the same speaker, which
-    begins with one block and says the words of the first again.
+    begins with one block and says the words of the first again, without names of pictures and frames. An answer is not
+    said again: the pictures of an assistant's message have their blocks behind them.
     """
     placed: list[dict[str, Any]] = []
     for message in messages:
@@ -238,14 +240,17 @@ def with_queries(messages: list[dict[str, Any]], placement: str) -> list[dict[st
         parts = content if isinstance(content, list) else []
         if not any(part["type"] == "image" for part in parts):
             placed.append(message)
-        elif placement == "image":
+        elif placement == "image" or message["role"] == "assistant":
             grown: list[dict[str, Any]] = []
             for part in parts:
                 grown += [part, {"type": "queries"}] if part["type"] == "image" else [part]
             placed.append({**message, "content": grown})
         else:
             # As one text, whose own new line in front is the one that a picture's words begin on.
-            words = "".join(part["text"] for part in parts if part["type"] == "text").lstrip("\n")
+            words = ""
+            for part in parts:
+                words = without_picture_name(words) if part["type"] == "image" else words + part["text"]
+            words = words.lstrip("\n")
             repeated = [{"type": "text", "text": words}] if words else []
             placed += [message, {**message, "content": [{"type": "queries"}, *repeated]}]
     return placed

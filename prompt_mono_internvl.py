@@ -16,6 +16,7 @@ import binascii
 import dataclasses
 import difflib
 import json
+import re
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
@@ -80,6 +81,11 @@ def marked_parts(text: str, pictures: Sequence[Any]) -> str | list[dict[str, Any
 def frame_name(number: int) -> str:
     """What stands in front of a video's frame of this number, from 1 (InternVL's prompt)."""
     return f"Frame{number}: "
+
+
+def without_picture_name(text: str) -> str:
+    """The text in front of a picture without the line that names it there, `Image-1: ` or `Frame1: `."""
+    return re.sub(r"(?:^|\n)(?:Image-|Frame)\d+: \Z", "", text)
 
 
 def frame_parts(parts: Sequence[dict[str, Any]], counts: Iterable[int]) -> list[dict[str, Any]]:

@@ -91,6 +91,34 @@ def test_batches_turns_and_chunks_equal_the_single_uncached_result(model):
     torch.testing.assert_close(reaching, both[:, -4:], atol=1e-5, rtol=1e-4)
 
 
+def test_queries_whose_pictures_lie_in_the_cache(model):
+    whole, after = logits_of(model, ONE, pixel_values=tiles()), 12
+    assert set(ONE[0, :after].tolist()).isdisjoint({QUERY}) and QUERY == ONE[0, after]
+
+    def prefix():
+        with torch.no_grad():
+            return model(ONE[:, :after], pixel_values=tiles(), use_cache=True).past_key_values
+
+    rest = logits_of(model, ONE[:, after:], past_key_values=prefix())
+    torch.testing.assert_close(rest, whole[:, after:], atol=1e-5, rtol=1e-4)
+    kept = logits_of(model, ONE[:, after:], past_key_values=prefix(), logits_to_keep=1)
+    torch.testing.assert_close(kept, whole[:, -1:], atol=1e-5, rtol=1e-4)
+    options = {"max_new_tokens": 5, "do_sample": False, "pad_token_id": 2}
+    alone = model.generate(ONE, attention_mask=torch.ones_like(ONE), pixel_values=tiles(), **options)
+    cached = model.generate(ONE, attention_mask=torch.ones_like(ONE), past_key_values=prefix(), **options)
+    assert cached.tolist() == alone.tolist()
+    with pytest.raises(ValueError, match="1 of the rows hold a part of a block"):
+        model(ONE[:, after + 1 :], past_key_values=prefix())
+    # A graph cannot ask whether there are some, so there it is an assertion; text goes through.
+    compiled = torch.compile(model, backend="eager")
+    text = torch.tensor([[1, 7, 9, 15]])
+    torch.testing.assert_close(logits_of(compiled, text), logits_of(model, text), atol=1e-5, rtol=1e-4)
+    with pytest.raises(RuntimeError, match="learnable queries without their pictures"):
+        logits_of(compiled, ONE[:, after:])
+    with pytest.raises(ValueError, match="continuous batching takes text only"):
+        model.generate_batch([ONE[0, after:].tolist()])
+
+
 def test_packed_samples(model):
     alone = [logits_of(model, ids, pixel_values=tiles(seed=seed)) for seed, ids in enumerate((ONE, TWO))]
     positions = torch.cat([torch.arange(ONE.shape[1]), torch.arange(TWO.shape[1])])[None]
@@ -193,11 +221,28 @@ def test_groups_of_queries_and_gates():
         ({"query_token_id": None}, "query_token_id=None must be an id of its own"),
         ({"query_token_id": IMAGE}, "query_token_id=113 must be an id of its own"),
         ({"query_token_id": 120}, "query_token_id=120 must be an id of its own in the vocabulary of 120"),
+        ({"query_token_id": 0}, "query_token_id=0 must be an id of its own .* of padding"),
+        ({"query_token_id": 1}, "query_token_id=1 must be an id of its own .* begins or ends a text"),
+        ({"query_token_id": 109}, "query_token_id=109 must be an id of its own .* begins or ends a text"),
     ],
 )
-def test_what_a_configuration_must_say(changes, message):
+def test_what_a_configuration_must_say(changes, message, tmp_path):
+    roles = {"text_config": {"pad_token_id": 0, "bos_token_id": 1}}
     with pytest.raises(ValueError, match=message):
-        tiny_config(**{**QUERIES, **changes})
+        tiny_config(**{**QUERIES, **roles, **changes})
+    # What overrides a file's is asked the same.
+    tiny_config(**QUERIES, **roles).save_pretrained(tmp_path)
+    changes = {**changes, "query_grids": None} if changes.get("num_learnable_queries") == 0 else changes
+    with pytest.raises(ValueError, match="num_learnable_queries|query_"):
+        MonoInternVLConfig.from_pretrained(tmp_path, **changes)
+
+
+def test_a_place_is_said_where_there_are_queries_to_stand_there():
+    nano = MonoInternVLProcessor.from_pretrained(ROOT)
+    with pytest.raises(ValueError, match="query_placement='question' needs num_learnable_queries"):
+        tiny_config(query_placement="question")
+    with pytest.raises(ValueError, match="query_placement='question' needs num_learnable_queries"):
+        MonoInternVLProcessor(nano.image_processor, nano.tokenizer, query_placement="question")
 
 
 # ------------------------------------------------------------------------------------------------------- the processor
@@ -228,6 +273,9 @@ def talking(request, tmp_path_factory):
 
 
 RED, BLUE = (Image.new("RGB", size, colour) for size, colour in (((56, 56), "red"), ((112, 56), "blue")))
+
+
+AGAIN = "<|im_start|>user\n<QUERY_CONTEXT>\n{}<|im_end|>"
 
 
 def encoded(processor, messages, **options):
@@ -283,6 +331,31 @@ def test_chat_answers_with_queries_and_from_the_folder_alone(talking):
         model.chat(RED, "What is it?", processor=without)
 
 
+def test_only_questions_are_said_again(talking):
+    processor = MonoInternVLProcessor.from_pretrained(talking)
+
+    def said(*messages):
+        return processor.apply_chat_template(list(messages)).partition("人工智能助手。<|im_end|>")[2]
+
+    call = {"type": "function", "function": {"name": "look", "arguments": {}}}
+    shown = {**picture(RED, "Here."), "role": "assistant", "tool_calls": [call]}
+    text = said({"role": "user", "content": "Show one."}, shown)
+    assert text.count("<QUERY_CONTEXT>") == text.count("Here.") == text.count("look") == 1
+    assert "</img><QUERY_CONTEXT>\nHere." in text
+    # A training example of it has one answer.
+    example = encode_conversation(processor, [{"role": "user", "content": "Show one."}, {**shown, "train": True}])
+    assert processor.tokenizer.decode(example["labels"][example["labels"] != -100].tolist()).count("Here.") == 1
+    if processor.query_placement == "image":
+        return
+    # Names of pictures and frames stand beside them, and not where there are none.
+    video = {"role": "user", "content": [{"type": "video", "video": [RED, BLUE]}, {"type": "text", "text": "What?"}]}
+    assert said(video).endswith("Frame2: <img><IMG_CONTEXT></img>\nWhat?<|im_end|>" + AGAIN.format("What?"))
+    named = processor.conversation([("Look.\nImage-1: <image>\nImage-2: <image>\nSame?", None)], [RED, BLUE])
+    assert said(*named).endswith(AGAIN.format("Look.\nSame?"))
+    within = processor.conversation([("Is <image> as <image>?", None)], [RED, BLUE])
+    assert said(*within).endswith(AGAIN.format("Is  as ?"))
+
+
 def test_what_the_processor_refuses(talking):
     processor = MonoInternVLProcessor.from_pretrained(talking)
     with pytest.raises(ValueError, match="0 blocks of learnable queries .* for 1 pictures"):
@@ -308,5 +381,14 @@ def test_training_examples_hold_queries_and_learn_none(talking):
     assert (ids == processor.query_token_id).sum() == 5
     assert (labels[ids == processor.query_token_id] == -100).all()
     assert processor.tokenizer.decode(labels[labels != -100].tolist()) == "Red.<|im_end|>"
+    # Others' collators copy the ids.
+    for tensors in ("pt", None):
+        inputs = processor.apply_chat_template(
+            [picture(RED, "What?")], tokenize=True, return_dict=True, return_tensors=tensors
+        )
+        inputs["labels"] = inputs["input_ids"].clone() if tensors else [list(row) for row in inputs["input_ids"]]
+        labels = torch.as_tensor(inputs["labels"])
+        assert processor.query_token_id in torch.as_tensor(inputs["input_ids"]) and (labels == -100).sum() == 4 + 5
+        assert not {processor.query_token_id, processor.image_token_id} & set(labels.flatten().tolist())
     saved = json.loads((talking / "processor_config.json").read_text())
     assert (saved["num_learnable_queries"], saved["query_placement"]) == (5, processor.query_placement)
