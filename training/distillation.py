@@ -10,6 +10,7 @@ teacher sees the whole picture squeezed into a square: the thumbnail, or the onl
 transformers loads, in float32 (CLIP overflows in less), and never a part of the model or of its checkpoints.
 """
 
+import contextlib
 import itertools
 import os
 from collections.abc import Iterator, Mapping
@@ -54,6 +55,8 @@ class Distillation:
             raise ValueError(f"distillation: teacher={self.teacher!r} must be a folder or a Hub id")
         if isinstance(self.weight, bool) or not isinstance(self.weight, (int, float)) or not 0 < self.weight < 1e6:
             raise ValueError(f"distillation: weight={self.weight!r} must be a positive number")
+        if type(self.seed) is not int or self.seed < 0:
+            raise ValueError(f"distillation: seed={self.seed!r} must be an integer that is not negative")
         if self.projection not in PROJECTIONS:
             raise ValueError(f"distillation: projection={self.projection!r} must be one of {', '.join(PROJECTIONS)}")
 
@@ -89,14 +92,19 @@ def find_blocks(input_ids: torch.Tensor, config: MonoInternVLConfig) -> Iterator
 
 
 class Teacher:
-    """A frozen vision tower: tiles of ours -> its patch features as a grid."""
+    """A frozen vision tower: tiles of ours -> its patch features as a grid.
+
+    Raises:
+        ValueError: it cannot be loaded, is no vision tower of patches, or its folder lacks weights that its features
+            depend on; named.
+    """
 
     def __init__(self, name: str, device: torch.device):
         try:
             AutoConfig.from_pretrained(name)
             settings, _ = ImageProcessingMixin.get_image_processor_dict(name)
-            model = AutoModel.from_pretrained(name, dtype=torch.float32)
-        except (OSError, ValueError) as error:
+            model, info = AutoModel.from_pretrained(name, dtype=torch.float32, output_loading_info=True)
+        except Exception as error:  # on damaged files json, safetensors and transformers raise nearly anything
             raise ValueError(f"the teacher {name} cannot be loaded: {' '.join(str(error).split())}") from error
         self.tower: Any = getattr(model, "vision_model", model).to(device).eval().requires_grad_(False)
         config = getattr(self.tower.config, "vision_config", self.tower.config)
@@ -105,17 +113,43 @@ class Teacher:
             for key in ("image_size", "patch_size", "hidden_size")
             if not isinstance(getattr(config, key, None), int)
         ]
-        absent += [key for key in ("image_mean", "image_std") if key not in settings]
+        absent += [key for key in ("image_mean", "image_std") if not _is_color(settings.get(key))]
         if absent:
             raise ValueError(f"the teacher {name} is no vision tower of patches: it does not say {', '.join(absent)}")
         self.size, self.width = config.image_size, config.hidden_size
         self.side = config.image_size // config.patch_size
         self.mean = torch.tensor(settings["image_mean"], device=device).view(3, 1, 1)
         self.std = torch.tensor(settings["image_std"], device=device).view(3, 1, 1)
+        self._try(name, {key: parameter for key, parameter in model.named_parameters() if key in info["missing_keys"]})
+
+    def _try(self, name: str, drawn: Mapping[str, nn.Parameter]) -> None:
+        """Look at one picture, before a run finds out; `drawn`: weights that the folder lacks, such as those of a pooler,
+        which the features do not depend on."""
+        for parameter in drawn.values():
+            parameter.requires_grad_(True)
+        try:
+            with torch.enable_grad():
+                features = self._features(torch.zeros(1, 3, self.size, self.size, device=self.mean.device))
+        except Exception as error:  # whatever another's forward raises of pictures
+            raise ValueError(
+                f"the teacher {name} gives no {self.side} x {self.side} patch features of a picture of {self.size} px: "
+                f"{' '.join(str(error).split())}"
+            ) from error
+        if features.shape[1] != self.width:
+            raise ValueError(f"the teacher {name} says hidden_size {self.width} and gives {features.shape[1]} channels")
+        if features.requires_grad:
+            gradients = torch.autograd.grad(features.sum(), list(drawn.values()), allow_unused=True)
+            lacking = [key for key, gradient in zip(drawn, gradients, strict=True) if gradient is not None]
+            raise ValueError(f"the teacher {name} lacks {len(lacking)} of its weights: {', '.join(lacking)}")
+        for parameter in drawn.values():
+            parameter.requires_grad_(False)
 
     @torch.no_grad()
     def __call__(self, pictures: torch.Tensor) -> torch.Tensor:
         """float32 [n, 3, S, S] in 0..1 -> [n, C, side, side]; class and register tokens are left out."""
+        return self._features(pictures)
+
+    def _features(self, pictures: torch.Tensor) -> torch.Tensor:
         pixels = F.interpolate(pictures, size=(self.size, self.size), mode="bicubic", antialias=True).clamp(0, 1)
         with torch.autocast(pictures.device.type, enabled=False):
             features = self.tower(pixel_values=(pixels - self.mean) / self.std).last_hidden_state
@@ -206,10 +240,16 @@ class Distiller:
         """Read it back.
 
         Raises:
-            FileNotFoundError: the checkpoint holds none.
+            ValueError: it is of another teacher's width.
         """
         if self.parameters:
-            self.projection.load_state_dict(load_file(Path(folder) / FILE))
+            try:
+                self.projection.load_state_dict(load_file(Path(folder) / FILE))
+            except RuntimeError as error:
+                raise ValueError(
+                    f"{Path(folder) / FILE} does not fit the teacher {self.options.teacher}: go on with the recipe as "
+                    "it was, or remove the folder"
+                ) from error
 
 
 def read_distillation(values: Mapping[str, Any]) -> Distillation:
@@ -223,4 +263,14 @@ def read_distillation(values: Mapping[str, Any]) -> Distillation:
     if unknown or "teacher" not in values:
         what = f"unknown {', '.join(unknown)}" if unknown else "teacher is missing"
         raise ValueError(f"distillation: {what}; it knows {', '.join(known)}")
+    values = dict(values)
+    if isinstance(values.get("weight"), str):
+        # YAML reads 1e-1 as a string.
+        with contextlib.suppress(ValueError):
+            values["weight"] = float(values["weight"])
     return Distillation(**values)
+
+
+def _is_color(value: Any) -> bool:
+    """Whether it is three numbers, one a channel."""
+    return isinstance(value, (list, tuple)) and [isinstance(one, (int, float)) for one in value] == [True] * 3

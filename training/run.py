@@ -24,7 +24,7 @@ from ..tiling_mono_internvl import count_tiles
 from ..training_mono_internvl import make_drop_path
 from .backend import Backend, choose_backend
 from .checkpoints import checkpoints
-from .distillation import Distiller, read_distillation
+from .distillation import FILE, Distiller, read_distillation
 from .groups import count_parameters, linear_modules, train_only
 from .loading import Batches, Conversations, Key, UnitBatches, mixture, one_pass, packed
 from .sources import Source, open_sources
@@ -144,10 +144,21 @@ def run_stage(
 
 
 def _distiller(stage: Stage, model: Any, checkpoint: Path | None, processes: int) -> Distiller | None:
-    """What the stage's queries learn from, as it was in the checkpoint."""
-    if stage.distillation is None:
+    """What the stage's queries learn from, as it was in the checkpoint.
+
+    Raises:
+        ValueError: the checkpoint's projection was trained and that of the recipe is not, or the other way round.
+    """
+    options = None if stage.distillation is None else read_distillation(stage.distillation)
+    trains = options is not None and options.projection == "trained"
+    if checkpoint is not None and trains != (checkpoint / FILE).is_file():
+        was, now = ("a", "no") if not trains else ("no", "a")
+        raise ValueError(
+            f"distillation: {checkpoint} is of a run with {was} trained projection, and the recipe has {now} such: go on "
+            "with the recipe as it was, or remove the folder"
+        )
+    if options is None:
         return None
-    options = read_distillation(stage.distillation)
     if options.projection == "trained" and processes > 1:
         # It is no part of the model, whose gradients DDP, FSDP and ZeRO add up.
         raise ValueError(f"distillation: projection trained is for one process, not {processes}; random goes with all")
