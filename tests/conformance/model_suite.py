@@ -35,6 +35,11 @@ def warns_of_old_name(forward):
     return warning
 
 
+def without(token: int, ids: torch.Tensor) -> torch.Tensor:
+    """Ids with the next one in place of `token`."""
+    return torch.where(ids == token, token + 1, ids)
+
+
 class MonoInternVLModelTester:
     """A tiny configuration and a batch of it: one tile per row, its four visual tokens in the text."""
 
@@ -50,10 +55,14 @@ class MonoInternVLModelTester:
     num_hidden_layers = 2
     num_attention_heads = 4
     attention_bias = False
+    # With learnable queries each row also holds a block of them, behind the picture; and experts have gates.
+    num_queries = 0
+    query_token_id = 4
 
-    def __init__(self, parent: unittest.TestCase, visual_attention_experts: str):
+    def __init__(self, parent: unittest.TestCase, visual_attention_experts: str, num_queries: int = 0):
         self.parent = parent
-        self.visual_attention_experts = visual_attention_experts
+        self.visual_attention_experts, self.num_queries = visual_attention_experts, num_queries
+        self.seq_length += num_queries
 
     def get_config(self) -> MonoInternVLConfig:
         text = {
@@ -66,18 +75,25 @@ class MonoInternVLModelTester:
             "max_position_embeddings": 512,
             "pad_token_id": 0,
             "attention_bias": self.attention_bias,
+            "expert_gates": self.num_queries > 0,
         }
+        queries = {"num_learnable_queries": self.num_queries, "query_grids": [1] * self.num_queries}
+        queries |= {"query_token_id": self.query_token_id}
         return MonoInternVLConfig(
             text_config=text,
             vision_config={"hidden_size": 16, "image_size": 56},
             image_token_id=self.image_token_id,
             visual_attention_experts=self.visual_attention_experts,
+            **(queries if self.num_queries else {}),
         )
 
     def prepare_config_and_inputs_for_common(self) -> tuple[MonoInternVLConfig, dict[str, torch.Tensor]]:
         config = self.get_config()
         input_ids = common.ids_tensor([self.batch_size, self.seq_length], self.vocab_size - 4) + 4
-        input_ids[:, 3 : 3 + self.tokens_per_tile] = self.image_token_id
+        behind = 3 + self.tokens_per_tile
+        input_ids[:, 3:behind] = self.image_token_id
+        if self.num_queries:
+            input_ids[:, behind : behind + self.num_queries] = self.query_token_id
         size = config.vision_config.image_size
         return config, {
             "input_ids": input_ids,
@@ -90,6 +106,7 @@ class MonoInternVLModelTest(common.ModelTesterMixin, GenerationTesterMixin, unit
     all_model_classes = (MonoInternVLModel, MonoInternVLForCausalLM)
     additional_model_inputs = ["pixel_values"]
     visual_attention_experts = "none"
+    num_queries = 0
     _is_composite = True
     # Asks for a test that is reserved for files with a recent copyright line, which ours do not have.
     test_can_init_all_missing_weights_before_2023 = True
@@ -97,7 +114,7 @@ class MonoInternVLModelTest(common.ModelTesterMixin, GenerationTesterMixin, unit
     skip_test_image_features_output_shape = True
 
     def setUp(self):
-        self.model_tester = MonoInternVLModelTester(self, self.visual_attention_experts)
+        self.model_tester = MonoInternVLModelTester(self, self.visual_attention_experts, self.num_queries)
         self.config_tester = ConfigTester(self, config_class=MonoInternVLConfig, has_text_modality=False)
 
     def test_config(self):
@@ -157,7 +174,26 @@ class MonoInternVL15ModelTest(MonoInternVLModelTest):
         pass
 
 
+class MonoInternVLQueriesModelTest(MonoInternVLModelTest):
+    """The same with two learnable queries and a gate on each expert."""
+
+    num_queries = 2
+
+    def setUp(self):
+        super().setUp()
+        # Drawn ids stand for text; a placeholder among them would be a part of a block.
+        draw, query = common.ids_tensor, self.model_tester.query_token_id
+        drawn = mock.patch.object(common, "ids_tensor", lambda *args, **kwargs: without(query, draw(*args, **kwargs)))
+        drawn.start()
+        self.addCleanup(drawn.stop)
+
+    @unittest.skip("The official layout has no names for learnable queries and gates; saving in it is refused.")
+    def test_reverse_loading_mapping(self):
+        pass
+
+
 # Where a checkout brings them, tests of generation have a suite of their own.
 for _name in [name for name in dir(GenerationTesterMixin) if name.startswith("test_")]:
     setattr(MonoInternVLModelTest, _name, None)
     setattr(MonoInternVL15ModelTest, _name, None)
+    setattr(MonoInternVLQueriesModelTest, _name, None)
