@@ -32,7 +32,7 @@ def holds_queries(input_ids: torch.Tensor | None, config: MonoInternVLConfig) ->
     A single token is not looked at: it is a step of decoding, and a query is never generated. In a graph, where the
     host cannot ask, queries without their pictures are an assertion.
     """
-    if input_ids is None or not config.num_learnable_queries or input_ids.shape[1] == 1:
+    if input_ids is None or config.query_token_id is None or input_ids.shape[1] == 1:
         return False
     found = input_ids.eq(config.query_token_id)
     if torch.compiler.is_compiling() or (found.is_cuda and torch.cuda.is_current_stream_capturing()):

@@ -1,10 +1,11 @@
 """A teacher's features reach the learnable queries in training, and nothing of it stays behind."""
 
 import json
+from pathlib import Path
 
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from torch.nn import functional as F
 from transformers import (
     CLIPConfig,
@@ -13,7 +14,11 @@ from transformers import (
     Dinov2Model,
     SiglipVisionConfig,
     SiglipVisionModel,
+    SwinConfig,
+    SwinModel,
     TrainingArguments,
+    ViTMAEConfig,
+    ViTMAEModel,
 )
 
 from conftest import IMAGE, tiny_config, tiny_model
@@ -209,6 +214,8 @@ def test_a_trained_projection_is_optimised_and_kept_in_checkpoints_alone(clip, t
         ({"teacher": "x", "weight": 0}, "weight=0 must be a positive number"),
         ({"teacher": "x", "projection": "frozen"}, "projection='frozen' must be one of random, trained"),
         ({"teacher": ""}, "teacher='' must be a folder or a Hub id"),
+        ({"teacher": "x", "weight": "much"}, "weight='much' must be a positive number"),
+        ({"teacher": "x", "seed": 1.5}, "seed=1.5 must be an integer that is not negative"),
     ],
 )
 def test_what_a_recipe_may_say(values, message):
@@ -216,6 +223,50 @@ def test_what_a_recipe_may_say(values, message):
         read_distillation(values)
     with pytest.raises(ValueError, match=message):
         load_stage("nano/s2_instruction", {"distillation": values})
+
+
+def test_a_weight_may_be_written_as_yaml_reads_no_number():
+    assert read_distillation({"teacher": "x", "weight": "1e-1"}).weight == 0.1
+
+
+def test_a_teacher_without_all_of_its_weights_teaches_nothing(clip, tmp_path):
+    device = torch.device("cpu")
+    file = Path(clip) / "model.safetensors"
+    weights = load_file(file)
+    # Of what the features do not depend on, some may be missing: here CLIP's text tower and its last norm.
+    spared = {name: tensor for name, tensor in weights.items() if "text_model" not in name and "post" not in name}
+    assert len(spared) < len(weights)
+    save_file(spared, file, {"format": "pt"})
+    Teacher(clip, device)
+    save_file({name: tensor for name, tensor in spared.items() if "layers.1" not in name}, file, {"format": "pt"})
+    with pytest.raises(ValueError, match=r"the teacher .* lacks 16 of its weights: .*layers\.1\."):
+        Teacher(clip, device)
+    file.write_bytes(b"damaged")
+    with pytest.raises(ValueError, match="the teacher .* cannot be loaded"):
+        Teacher(clip, device)
+
+
+@pytest.mark.parametrize("mean", [None, 0.5, [0.5] * 4])
+def test_a_teacher_says_how_colours_are_normalised(clip, mean):
+    settings = {"image_processor_type": "CLIPImageProcessor", "image_mean": mean, "image_std": [0.5] * 3}
+    (Path(clip) / "preprocessor_config.json").write_text(json.dumps(settings))
+    with pytest.raises(ValueError, match="the teacher .* does not say image_mean"):
+        Teacher(clip, torch.device("cpu"))
+
+
+@pytest.mark.parametrize("kind", ["swin", "mae"])
+def test_a_tower_whose_features_are_no_grid_of_its_patches_is_refused(tmp_path, kind):
+    sizes = {"image_size": 32, "patch_size": 4}
+    if kind == "swin":
+        tower = SwinModel(SwinConfig(**sizes, embed_dim=16, depths=[1, 1], num_heads=[2, 2], window_size=4))
+    else:
+        more = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 1, "num_attention_heads": 2}
+        tower = ViTMAEModel(ViTMAEConfig(**sizes, **more))
+    tower.save_pretrained(tmp_path)
+    settings = {"image_processor_type": "ViTImageProcessor", "image_mean": [0.5] * 3, "image_std": [0.5] * 3}
+    (tmp_path / "preprocessor_config.json").write_text(json.dumps(settings))
+    with pytest.raises(ValueError, match="the teacher .* gives no 8 x 8 patch features of a picture of 32 px"):
+        Teacher(str(tmp_path), torch.device("cpu"))
 
 
 def test_what_cannot_teach_is_refused_by_name(clip, tmp_path):

@@ -93,7 +93,7 @@ def test_batches_turns_and_chunks_equal_the_single_uncached_result(model):
 
 def test_queries_whose_pictures_lie_in_the_cache(model):
     whole, after = logits_of(model, ONE, pixel_values=tiles()), 12
-    assert set(ONE[0, :after].tolist()).isdisjoint({QUERY}) and QUERY == ONE[0, after]
+    assert set(ONE[0, :after].tolist()).isdisjoint({QUERY}) and ONE[0, after] == QUERY
 
     def prefix():
         with torch.no_grad():

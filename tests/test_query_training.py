@@ -3,6 +3,7 @@
 import inspect
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -31,6 +32,7 @@ from mono_internvl.training.trainer import EViPTrainer
 
 SMALL = {"tile_size": 56, "vision_hidden_size": 16}
 BOTH = {"num_learnable_queries": 5, "query_grids": [2, 1], "expert_gates": True}
+KEPT = ("step", "loss", "grad_norm", "learning_rate", "distillation_loss")
 EVERYTHING = ["visual_embedding", "visual_experts", "expert_gates", "learnable_queries", "attention", "text"]
 
 
@@ -290,6 +292,34 @@ def test_killed_and_resumed_with_rates_and_a_teacher(tmp_path, recipe, teacher):
     a, b = load_file(whole / "model.safetensors"), load_file(resumed / "model.safetensors")
     assert a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in a)
     assert load_config(str(resumed)).query_placement == "question"
+
+
+@pytest.mark.parametrize("projection", ["random", "trained"])
+def test_resumed_in_the_middle_it_is_the_run_that_it_was(tmp_path, recipe, teacher, projection):
+    runs = tmp_path / "runs"
+    distillation = {"teacher": str(teacher), "projection": projection}
+    path = recipe(steps=4, save_steps=2, distillation=distillation)
+
+    def finished():
+        newest = runs / "stage" / "checkpoint-4"
+        files = (newest / "model.safetensors", newest / "distillation.safetensors")
+        weights = [load_file(file) for file in files if file.exists()]
+        log = json.loads((runs / "stage" / "log.json").read_text())
+        shutil.rmtree(newest)
+        return weights, [{key: entry[key] for key in KEPT} for entry in log if "loss" in entry]
+
+    run_stage(path, runs=runs)
+    whole, log = finished()
+    assert len(log) == 4 and len(whole) == (1 if projection == "random" else 2)
+    other = {**distillation, "projection": "random" if projection == "trained" else "trained"}
+    for changed in (other, None) if projection == "trained" else (other,):
+        with pytest.raises(ValueError, match=f"is of a run with {'no' if projection == 'random' else 'a'} trained"):
+            run_stage(recipe(steps=4, save_steps=2, distillation=changed), runs=runs, resume=True)
+    run_stage(recipe(steps=4, save_steps=2, distillation=distillation), runs=runs, resume=True)
+    again, log_again = finished()
+    assert log_again == log
+    for a, b in zip(whole, again, strict=True):
+        assert a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in a)
 
 
 # -------------------------------------------------------------------------------------------------------------- recipes

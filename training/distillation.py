@@ -123,8 +123,8 @@ class Teacher:
         self._try(name, {key: parameter for key, parameter in model.named_parameters() if key in info["missing_keys"]})
 
     def _try(self, name: str, drawn: Mapping[str, nn.Parameter]) -> None:
-        """Look at one picture, before a run finds out; `drawn`: weights that the folder lacks, such as those of a pooler,
-        which the features do not depend on."""
+        """Look at one picture, before a run finds out; `drawn`: weights that the folder lacks, as it may those of a
+        pooler, which the features do not depend on."""
         for parameter in drawn.values():
             parameter.requires_grad_(True)
         try:

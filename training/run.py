@@ -154,8 +154,8 @@ def _distiller(stage: Stage, model: Any, checkpoint: Path | None, processes: int
     if checkpoint is not None and trains != (checkpoint / FILE).is_file():
         was, now = ("a", "no") if not trains else ("no", "a")
         raise ValueError(
-            f"distillation: {checkpoint} is of a run with {was} trained projection, and the recipe has {now} such: go on "
-            "with the recipe as it was, or remove the folder"
+            f"distillation: {checkpoint} is of a run with {was} trained projection, and the recipe has {now} such: go "
+            "on with the recipe as it was, or remove the folder"
         )
     if options is None:
         return None

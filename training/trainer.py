@@ -82,6 +82,7 @@ class EViPTrainer(WholeCheckpoints):
         if compiles:
             self.add_callback(CompiledLayers)
         if distiller is not None:
+            self.add_callback(Distilling(self))
             decoders = [module for module in kwargs["model"].modules() if isinstance(module, MonoInternVLModel)]
             decoders[0].register_forward_hook(self._keep_hidden)
         # The loss below divides by the step's weights itself.
@@ -204,6 +205,22 @@ class EViPTrainer(WholeCheckpoints):
             counts = self.accelerator.gather(counts).reshape(-1, 2).sum(0)
         read, bad = counts.tolist()
         return read, bad
+
+
+class Distilling(TrainerCallback):
+    """What `Trainer` does for its model alone, for the distiller of an `EViPTrainer`."""
+
+    def __init__(self, trainer: EViPTrainer):
+        self.trainer = trainer
+
+    def on_train_begin(self, args, state, control, **kwargs):  # type: ignore[no-untyped-def]
+        # A resumed run has logged its first steps already.
+        self.trainer._logged_step = state.global_step
+
+    def on_optimizer_step(self, args, state, control, **kwargs):  # type: ignore[no-untyped-def]
+        # `Trainer` lets go of the gradients of the model, not of all that the optimiser has.
+        assert self.trainer.distiller is not None
+        self.trainer.distiller.projection.zero_grad()
 
 
 class CompiledLayers(TrainerCallback):

@@ -93,6 +93,7 @@ class MonoInternVLModelTester:
         behind = 3 + self.tokens_per_tile
         input_ids[:, 3:behind] = self.image_token_id
         if self.num_queries:
+            input_ids = without(self.query_token_id, input_ids)
             input_ids[:, behind : behind + self.num_queries] = self.query_token_id
         size = config.vision_config.image_size
         return config, {
