@@ -322,6 +322,18 @@ def test_resumed_in_the_middle_it_is_the_run_that_it_was(tmp_path, recipe, teach
         assert a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in a)
 
 
+def test_a_teacher_sees_pictures_whole(tmp_path, folder, recipe, teacher):
+    without = tmp_path / "without"
+    shutil.copytree(folder, without)
+    processor = MonoInternVLProcessor.from_pretrained(without)
+    processor.image_processor.use_thumbnail = False
+    processor.save_pretrained(without)
+    options = {"model": str(without), "distillation": {"teacher": str(teacher)}, "steps": 1}
+    with pytest.raises(ValueError, match="the teacher sees the thumbnail, and the processor makes none"):
+        run_stage(recipe(**options), runs=tmp_path / "runs")
+    assert run_stage(recipe(**options, max_tiles=1), runs=tmp_path / "runs").is_dir()
+
+
 # -------------------------------------------------------------------------------------------------------------- recipes
 
 

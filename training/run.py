@@ -112,7 +112,7 @@ def run_stage(
         tell(line)
     tell(f"  {backend}")
 
-    distiller = _distiller(stage, model, kept[-1] if kept else None, world_size)
+    distiller = _distiller(stage, model, processor, kept[-1] if kept else None, world_size)
     trainer = make_trainer(
         stage,
         trained,
@@ -143,11 +143,14 @@ def run_stage(
     return output
 
 
-def _distiller(stage: Stage, model: Any, checkpoint: Path | None, processes: int) -> Distiller | None:
+def _distiller(
+    stage: Stage, model: Any, processor: MonoInternVLProcessor, checkpoint: Path | None, processes: int
+) -> Distiller | None:
     """What the stage's queries learn from, as it was in the checkpoint.
 
     Raises:
-        ValueError: the checkpoint's projection was trained and that of the recipe is not, or the other way round.
+        ValueError: the checkpoint's projection was trained and that of the recipe is not, or the other way round; or no
+            tile shows a picture of several whole.
     """
     options = None if stage.distillation is None else read_distillation(stage.distillation)
     trains = options is not None and options.projection == "trained"
@@ -162,6 +165,11 @@ def _distiller(stage: Stage, model: Any, checkpoint: Path | None, processes: int
     if options.projection == "trained" and processes > 1:
         # It is no part of the model, whose gradients DDP, FSDP and ZeRO add up.
         raise ValueError(f"distillation: projection trained is for one process, not {processes}; random goes with all")
+    if stage.max_tiles > 1 and not processor.image_processor.use_thumbnail:
+        raise ValueError(
+            "distillation: the teacher sees the thumbnail, and the processor makes none (use_thumbnail): give max_tiles "
+            "1, or a processor that does"
+        )
     if not isinstance(model, MonoInternVLForCausalLM):
         raise ValueError("distillation: a dense language model has no learnable queries")
     distiller = Distiller(options, model.config, PartialState().device)
