@@ -167,8 +167,8 @@ def _distiller(
         raise ValueError(f"distillation: projection trained is for one process, not {processes}; random goes with all")
     if stage.max_tiles > 1 and not processor.image_processor.use_thumbnail:
         raise ValueError(
-            "distillation: the teacher sees the thumbnail, and the processor makes none (use_thumbnail): give max_tiles "
-            "1, or a processor that does"
+            "distillation: the teacher sees the thumbnail, and the processor makes none (use_thumbnail): give "
+            "max_tiles 1, or a processor that does"
         )
     if not isinstance(model, MonoInternVLForCausalLM):
         raise ValueError("distillation: a dense language model has no learnable queries")
