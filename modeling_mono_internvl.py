@@ -426,11 +426,13 @@ class MonoInternVLModel(MonoInternVLPreTrainedModel):
             pixel_values = empty_tiles(self.config.vision_config, device)
         return None if pixel_values is None else self.get_image_features(pixel_values, return_dict=True)
 
-    @staticmethod
-    def _visual_embeds(image_outputs: BaseModelOutputWithPooling | None) -> torch.Tensor | None:
-        """Visual tokens of embedded tiles, [V, H]."""
+    def _visual_embeds(
+        self, image_outputs: BaseModelOutputWithPooling | None, input_ids: torch.Tensor | None
+    ) -> torch.Tensor | None:
+        """Visual tokens of embedded tiles, [V, H]; [0, H] where there are none but `input_ids` hold queries of pictures
+        in the cache."""
         if image_outputs is None:
-            return None
+            return self.learnable_queries(0) if holds_queries(input_ids, self.config) else None  # type: ignore[misc]
         pooled: Any = image_outputs.pooler_output
         tensors = [pooled] if isinstance(pooled, torch.Tensor) else list(pooled)
         flat = [tensor.reshape(-1, tensor.shape[-1]) for tensor in tensors]
@@ -522,12 +524,9 @@ class MonoInternVLModel(MonoInternVLPreTrainedModel):
             raise ValueError("exactly one of input_ids and inputs_embeds must be given")
         device = (input_ids if inputs_embeds is None else inputs_embeds).device  # type: ignore[union-attr]
         image_outputs = self._image_outputs(pixel_values, mm_encoder_outputs, visual_token_mask, device)
-        visual_embeds = self._visual_embeds(image_outputs)
+        visual_embeds = self._visual_embeds(image_outputs, input_ids if visual_token_mask is None else None)
         visual_mask = visual_token_mask
         if visual_mask is None and visual_embeds is not None:
-            visual_mask = self.get_placeholder_mask(input_ids, inputs_embeds)
-        if visual_embeds is None and visual_mask is None and holds_queries(input_ids, self.config):
-            visual_embeds = self.learnable_queries(0)  # type: ignore[misc]
             visual_mask = self.get_placeholder_mask(input_ids, inputs_embeds)
         query_id = self.config.query_token_id if visual_embeds is not None else None
         query_mask = None if query_id is None else self.get_placeholder_mask(input_ids, inputs_embeds, query_id)

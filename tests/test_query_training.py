@@ -322,6 +322,13 @@ def test_resumed_in_the_middle_it_is_the_run_that_it_was(tmp_path, recipe, teach
         assert a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in a)
 
 
+def test_a_teacher_that_is_not_there_is_missed_before_anything_is_made(tmp_path, base, recipe):
+    path = recipe(model=str(base), expand=dict(BOTH), distillation={"teacher": "runs/nano-breen/teacher"})
+    with pytest.raises(ValueError, match="the teacher runs/nano-breen/teacher cannot be loaded: no such folder"):
+        run_stage(path, runs=tmp_path / "runs")
+    assert not (tmp_path / "runs").exists()
+
+
 def test_a_teacher_sees_pictures_whole(tmp_path, folder, recipe, teacher):
     without = tmp_path / "without"
     shutil.copytree(folder, without)

@@ -25,6 +25,7 @@ from torch.nn import functional as F
 from transformers import AutoConfig, AutoModel
 from transformers.image_processing_base import ImageProcessingMixin
 
+from ..common.models import HUB_ID
 from ..configuration_mono_internvl import MonoInternVLConfig
 from ..image_processing_mono_internvl import unpatchify
 
@@ -91,6 +92,20 @@ def find_blocks(input_ids: torch.Tensor, config: MonoInternVLConfig) -> Iterator
             place += length
 
 
+def find_teacher(name: str) -> str:
+    """A teacher's folder, or its Hub id.
+
+    Raises:
+        ValueError: it is neither.
+    """
+    folder = Path(name).expanduser()
+    if folder.is_dir():
+        return str(folder)
+    if HUB_ID.fullmatch(name) is None:
+        raise ValueError(f"the teacher {name} cannot be loaded: no such folder (a Hub id looks like owner/name)")
+    return name
+
+
 class Teacher:
     """A frozen vision tower: tiles of ours -> its patch features as a grid.
 
@@ -100,6 +115,7 @@ class Teacher:
     """
 
     def __init__(self, name: str, device: torch.device):
+        name = find_teacher(name)
         try:
             AutoConfig.from_pretrained(name)
             settings, _ = ImageProcessingMixin.get_image_processor_dict(name)

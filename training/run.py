@@ -24,7 +24,7 @@ from ..tiling_mono_internvl import count_tiles
 from ..training_mono_internvl import make_drop_path
 from .backend import Backend, choose_backend
 from .checkpoints import checkpoints
-from .distillation import FILE, Distiller, read_distillation
+from .distillation import FILE, Distiller, find_teacher, read_distillation
 from .groups import count_parameters, linear_modules, train_only
 from .loading import Batches, Conversations, Key, UnitBatches, mixture, one_pass, packed
 from .sources import Source, open_sources
@@ -83,6 +83,8 @@ def run_stage(
     kept = checkpoints(folder)
     if kept and not resume:
         raise ValueError(f"{folder} holds checkpoints of an earlier run: pass --resume to go on, or remove them")
+    if stage.distillation is not None:
+        find_teacher(read_distillation(stage.distillation).teacher)
     # Before anything is read or built: whatever starts at random starts the same.
     set_seed(stage.seed)
     state = PartialState(cpu=not torch.cuda.is_available())

@@ -191,7 +191,7 @@ def make_teacher(destination: Path, *, plates: int = PLATES, epochs: float = EPO
 def main(
     destination: Annotated[Path, typer.Argument(help="folder to make")],
     plates: Annotated[int, typer.Option(min=BATCH, help="pictures to learn from")] = PLATES,
-    epochs: Annotated[float, typer.Option(help="how many times each is seen")] = EPOCHS,
+    epochs: Annotated[float, typer.Option(min=0.01, help="how many times each is seen")] = EPOCHS,
     seed: Annotated[int, typer.Option(help="of weights, plates and order")] = 0,
 ) -> None:
     """Train the nano's teacher; minutes on one core."""
