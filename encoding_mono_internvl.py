@@ -127,7 +127,8 @@ def _expand_queries(
     if bool(blocks) != bool(pictures and size):
         raise ValueError(
             f"{blocks} blocks of learnable queries ({QUERY_TOKEN}) for {pictures} pictures, and the processor has "
-            f"num_learnable_queries={size}: they come with pictures; apply_chat_template puts them in their places"
+            f"num_learnable_queries={size}: they come with pictures; apply_chat_template puts them in their places, if "
+            f"the template writes {QUERY_TOKEN} for parts of type 'queries'"
         )
     return out
 
