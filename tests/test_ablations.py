@@ -132,7 +132,7 @@ def test_tables_and_curves_are_means_and_spreads_of_the_records(tmp_path):
         write("experts-qkv", seed, [0.4], 0.8)
     lines = ablations.table(tmp_path, TABLES["experts"]).splitlines()
     cell = "60.0 ± 10.0"
-    assert lines[2] == f"| experts | 3 | 32,000 | {cell} | {cell} | {cell} | {cell} | 1.500 ± 0.000 | 2.000 ± 0.000 |"
+    assert lines[2] == f"| experts | 3 | 32,000 | {cell} | {cell} | {cell} | {cell} | 1.500 | 2.000 |"
     assert lines[3].startswith("| experts-qkv | 3 |") and len(lines) == 4
     assert ablations._curve(ablations.records_of("experts", tmp_path))[0] == (10, pytest.approx(30), 0)
     ablations.draw_curves(tmp_path, tmp_path / "curves.png")

@@ -5,7 +5,8 @@
     python -m mono_internvl.training.ablations RESULTS --table             prints the tables of what is there
     python -m mono_internvl.training.ablations RESULTS --curves OUT.png    draws right answers over samples seen
 
-Five tables, each of runs by name (`VARIANTS` says what each starts from, what it has and what trains):
+Five tables, each of runs by name (`VARIANTS` says what each starts from, what it has and what trains); what came of them is in
+docs/ideas.md:
 
     full-or-delta  full tuning without and with visual experts, delta tuning        (2410.08202, table 5)
     alignment      a second stage with the attention frozen, and training           (2410.08202, table 9)
@@ -348,9 +349,9 @@ def records_of(name: str, results: Path) -> list[dict[str, Any]]:
 
 
 def mean_and_spread(values: list[float], digits: int = 1) -> str:
-    """Mean and sample standard deviation."""
-    spread = f" ± {statistics.stdev(values):.{digits}f}" if len(values) > 1 else ""
-    return f"{statistics.mean(values):.{digits}f}{spread}"
+    """Mean and sample standard deviation; the mean alone of one value, or of values that print alike."""
+    same = len({f"{value:.{digits}f}" for value in values}) == 1
+    return f"{statistics.mean(values):.{digits}f}" + ("" if same else f" ± {statistics.stdev(values):.{digits}f}")
 
 
 def table(results: Path, names: tuple[str, ...]) -> str:
@@ -420,7 +421,8 @@ def _curve(records: list[dict[str, Any]]) -> list[tuple[int, float, float]]:
     points = []
     for together in zip(*rows, strict=True):
         values = [100 * statistics.mean(point["vision"].values()) for point in together]
-        points.append((together[0]["samples"], statistics.mean(values), statistics.pstdev(values)))
+        spread = statistics.stdev(values) if len(values) > 1 else 0.0
+        points.append((together[0]["samples"], statistics.mean(values), spread))
     return points if len(points) > 1 else []
 
 
