@@ -5,8 +5,8 @@
     python -m mono_internvl.training.ablations RESULTS --table             prints the tables of what is there
     python -m mono_internvl.training.ablations RESULTS --curves OUT.png    draws right answers over samples seen
 
-Five tables, each of runs by name (`VARIANTS` says what each starts from, what it has and what trains); what came of them is in
-docs/ideas.md:
+Five tables, each of runs by name (`VARIANTS` says what each starts from, what it has and what trains); docs/ideas.md
+says what came of them:
 
     full-or-delta  full tuning without and with visual experts, delta tuning        (2410.08202, table 5)
     alignment      a second stage with the attention frozen, and training           (2410.08202, table 9)
