@@ -24,7 +24,7 @@ from mono_internvl.tokenization import convert_tokenizer
 
 
 # So that a failing assert in a helper says what it compared, as one in a test does.
-pytest.register_assert_rewrite("helpers_cli", "helpers_video")
+pytest.register_assert_rewrite("helpers_cli", "helpers_training", "helpers_video")
 
 ROOT = Path(__file__).resolve().parent.parent
 SHARED_GOLDEN = ROOT.parent / "shared" / "golden"

@@ -2,12 +2,7 @@
 
 import inspect
 import json
-import os
 import shutil
-import signal
-import subprocess
-import sys
-import time
 
 import pytest
 import torch
@@ -18,6 +13,7 @@ from transformers import CLIPConfig, CLIPModel, TrainingArguments
 
 from helpers_cli import run
 from helpers_families import make_base
+from helpers_training import train_and_kill
 from mono_internvl import MonoInternVLConfig, MonoInternVLForCausalLM, MonoInternVLProcessor
 from mono_internvl.common.models import ModelError, load_config, load_model
 from mono_internvl.common.parameters import group_of
@@ -268,25 +264,7 @@ def test_killed_and_resumed_with_rates_and_a_teacher(tmp_path, recipe, teacher):
         distillation={"teacher": str(teacher), "projection": "trained"},
     )
     whole = run_stage(path, runs=tmp_path / "whole")
-    command = [
-        sys.executable,
-        "-m",
-        "mono_internvl",
-        "train",
-        str(path),
-        "--runs",
-        str(tmp_path / "killed"),
-        "--resume",
-    ]
-    runs = tmp_path / "killed" / "stage"
-    environment = {**os.environ, "OMP_NUM_THREADS": str(torch.get_num_threads())}
-    process = subprocess.Popen(command, env=environment, stderr=subprocess.DEVNULL, stdout=subprocess.DEVNULL)
-    deadline = time.monotonic() + 120
-    while len(checkpoints(runs)) < 1 and time.monotonic() < deadline and process.poll() is None:
-        time.sleep(0.01)
-    process.send_signal(signal.SIGKILL)
-    process.wait()
-    assert checkpoints(runs), "nothing was saved before the deadline"
+    train_and_kill(path, tmp_path / "killed", saved=1)
     resumed = run_stage(path, runs=tmp_path / "killed", resume=True)
     assert logged(tmp_path / "killed") == logged(tmp_path / "whole")
     a, b = load_file(whole / "model.safetensors"), load_file(resumed / "model.safetensors")

@@ -3,10 +3,8 @@
 import json
 import os
 import random
-import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import pytest
@@ -18,6 +16,7 @@ from transformers import LlamaConfig, LlamaForCausalLM, TrainerCallback, Trainin
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from conftest import ROOT, load_golden, tiny_model
+from helpers_training import train_and_kill
 from mono_internvl import MonoInternVLForCausalLM, MonoInternVLProcessor
 from mono_internvl.common.compiling import compile_layers, uncompile_layers
 from mono_internvl.common.parameters import GROUPS, group_of
@@ -836,25 +835,7 @@ def test_killed_and_resumed_gives_the_same_losses_and_weights(tmp_path, folder, 
         tmp_path, folder, data, steps=12, save_steps=2, keep_checkpoints=3, batch_size=2, schedule="cosine", workers=1
     )
     whole = run_stage(path, runs=tmp_path / "whole")
-    command = [
-        sys.executable,
-        "-m",
-        "mono_internvl",
-        "train",
-        str(path),
-        "--runs",
-        str(tmp_path / "killed"),
-        "--resume",
-    ]
-    environment = {**os.environ, "OMP_NUM_THREADS": str(torch.get_num_threads())}
-    runs = tmp_path / "killed" / "stage"
-    process = subprocess.Popen(command, env=environment, stderr=subprocess.DEVNULL, stdout=subprocess.DEVNULL)
-    deadline = time.monotonic() + 120
-    while len(checkpoints(runs)) < 2 and time.monotonic() < deadline and process.poll() is None:
-        time.sleep(0.01)
-    process.send_signal(signal.SIGKILL)
-    process.wait()
-    assert checkpoints(runs), "nothing was saved before the deadline"
+    runs = train_and_kill(path, tmp_path / "killed", saved=2)
     # A kill in the middle of saving leaves this behind; it must not be taken for a checkpoint.
     (runs / "unfinished" / "checkpoint-99").mkdir(parents=True, exist_ok=True)
     resumed = run_stage(path, runs=tmp_path / "killed", resume=True)

@@ -36,7 +36,7 @@ import torch
 import typer
 from filelock import FileLock, Timeout
 from PIL import Image
-from transformers import LlamaForCausalLM, TrainerCallback, TrainingArguments, set_seed
+from transformers import LlamaForCausalLM, TrainerCallback, set_seed
 
 from ..common.files import read_json, write_json, written_whole
 from ..conversion import expand_checkpoint
@@ -53,7 +53,7 @@ from .data import Collator, encode_conversation
 from .distillation import Distillation, Distiller
 from .groups import train_only
 from .loading import Batches, Conversations, UnitBatches, mixture
-from .run import ROOT, dense_config, start_vision
+from .run import ROOT, dense_config, short_arguments, start_vision
 from .sources import Source
 from .teacher import make_teacher
 from .trainer import EViPTrainer, weighted_loss_sum
@@ -210,23 +210,7 @@ def fit(
     conversations = Conversations(sources, processor, max_tiles=1, max_length=1024)
     trainer = EViPTrainer(
         model=model,
-        args=TrainingArguments(
-            output_dir=str(work),
-            max_steps=steps,
-            per_device_train_batch_size=BATCH,
-            learning_rate=rate,
-            lr_scheduler_type="cosine",
-            warmup_steps=steps // 20,
-            weight_decay=0.05,
-            adam_beta2=0.98,
-            save_strategy="no",
-            logging_steps=50,
-            use_cpu=not torch.cuda.is_available(),
-            remove_unused_columns=False,
-            disable_tqdm=True,
-            report_to=[],
-            seed=seed,
-        ),
+        args=short_arguments(work, BATCH, rate, seed, max_steps=steps, warmup_steps=steps // 20),
         conversations=conversations,
         batches=Batches(processor.tokenizer.pad_token_id, processor.tokens_per_tile, packing=False, weighting="token"),
         micro_batches=UnitBatches(lambda: ([key] for key in mixture(sources, seed)), steps, BATCH, 0, 1),

@@ -523,6 +523,26 @@ def make_arguments(
     return TrainingArguments(**{**fields, **changes})
 
 
+def short_arguments(folder: str | Path, batch: int, rate: float, seed: int, **length: Any) -> TrainingArguments:
+    """transformers' arguments for minutes of training, without checkpoints or reports; `length`: how much."""
+    return TrainingArguments(
+        output_dir=str(folder),
+        per_device_train_batch_size=batch,
+        learning_rate=rate,
+        lr_scheduler_type="cosine",
+        weight_decay=0.05,
+        adam_beta2=0.98,
+        save_strategy="no",
+        logging_steps=50,
+        use_cpu=not torch.cuda.is_available(),
+        remove_unused_columns=False,
+        disable_tqdm=True,
+        report_to=[],
+        seed=seed,
+        **length,
+    )
+
+
 def _save(trainer: EViPTrainer, processor: MonoInternVLProcessor, stage: Stage, output: Path) -> None:
     """Write the finished model to a temporary folder beside `output`, then rename it."""
     temporary = output.with_name(output.name + ".tmp")

@@ -21,7 +21,7 @@ import torch
 import typer
 from torch.nn import functional as F
 from torch.utils.data import Dataset
-from transformers import SiglipConfig, SiglipModel, Trainer, TrainingArguments, set_seed
+from transformers import SiglipConfig, SiglipModel, Trainer, set_seed
 
 from ..common.files import write_json
 from ..conversion.writer import check_destination, publish_folder, temporary_folder
@@ -29,7 +29,7 @@ from ..plates.drawing import draw_plate
 from ..plates.layout import sample_plate
 from ..plates.words import COLORS, SHAPES, Plate, caption_of
 from ..processing_mono_internvl import MonoInternVLProcessor
-from .run import ROOT
+from .run import ROOT, short_arguments
 
 
 SIZE, PATCH, CAPTION = 112, 14, 16
@@ -152,23 +152,7 @@ def make_teacher(destination: Path, *, plates: int = PLATES, epochs: float = EPO
     alone = CaptionedPlates(PROBED + TRIED, processor, 10_009, most=1)
     before = {"retrieval": retrieval(model, new), **probe(model, alone)}
     with temporary_folder(destination, f"teacher-{plates}-{epochs}-{seed}", 0) as folder:
-        arguments = TrainingArguments(
-            output_dir=str(folder),
-            num_train_epochs=epochs,
-            per_device_train_batch_size=BATCH,
-            learning_rate=RATE,
-            lr_scheduler_type="cosine",
-            warmup_steps=50,
-            weight_decay=0.05,
-            adam_beta2=0.98,
-            save_strategy="no",
-            logging_steps=50,
-            use_cpu=not torch.cuda.is_available(),
-            remove_unused_columns=False,
-            disable_tqdm=True,
-            report_to=[],
-            seed=seed,
-        )
+        arguments = short_arguments(folder, BATCH, RATE, seed, num_train_epochs=epochs, warmup_steps=50)
         SigmoidTrainer(model=model, args=arguments, train_dataset=drawn, data_collator=collate).train()
         model.cpu().save_pretrained(folder)
         report = {
