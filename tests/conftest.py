@@ -5,6 +5,7 @@ Helpers of one subject that need further imports are in `helpers_*.py`; a test f
 
 import io
 import os
+import random
 from pathlib import Path
 
 import numpy as np
@@ -43,9 +44,40 @@ class PlainRoot:
         return pytest.Dir.from_parent(parent, path=path) if is_clone else None
 
 
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--seed", type=int, default=0, help="where random numbers of the tests begin (default: 0)")
+
+
 def pytest_configure(config: pytest.Config) -> None:
     # As a plugin: the hooks of a conftest are not asked about folders above it.
     config.pluginmanager.register(PlainRoot())
+
+
+def pytest_report_header(config: pytest.Config) -> str:
+    return f"seed: {config.option.seed}"
+
+
+# A test that draws without a seed of its own would fail once in so many runs, and then not again. So every fixture and
+# every test begins at one place, whichever ran before; `--seed` shows which of them pass by luck.
+def seed_everything(config: pytest.Config) -> None:
+    random.seed(config.option.seed)
+    np.random.seed(config.option.seed)
+    torch.manual_seed(config.option.seed)
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_collectstart(collector: pytest.Collector) -> None:
+    seed_everything(collector.config)
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_fixture_setup(request: pytest.FixtureRequest) -> None:
+    seed_everything(request.config)
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_runtest_call(item: pytest.Item) -> None:
+    seed_everything(item.config)
 
 
 def golden(*parts: str) -> Path:

@@ -1,10 +1,13 @@
 """The house: who may import whom, and how long a file that people read may be."""
 
 import ast
+import random
 from collections.abc import Iterator
 from pathlib import Path
 
+import numpy as np
 import pytest
+import torch
 
 from conftest import ROOT
 
@@ -115,3 +118,28 @@ def test_root_files_can_be_read(path):
             doc = (first.end_lineno or 0) - first.lineno + 1 if documented else 0
             lines = (node.end_lineno or 0) - node.lineno + 1 - doc
             assert lines <= 60, f"{path.name}: {node.name} has {lines} lines of at most 60, its docstring not counted"
+
+
+def test_no_test_draws_what_cannot_be_repeated():
+    """`--seed` of conftest reaches the shared generators; one that seeds itself from the machine it does not."""
+    machines = {"os.urandom", "random.SystemRandom", "uuid.uuid1", "uuid.uuid4"}
+    without_seed = {"random.Random", "Random", "np.random.default_rng", "default_rng", "np.random.RandomState"}
+    files = sorted((ROOT / "tests").rglob("*.py"))
+    seeded = 0
+    for path in files:
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            if not isinstance(node, ast.Call):
+                continue
+            name = ast.unparse(node.func)
+            seeded += name in without_seed and bool(node.args)
+            drawn = name in machines or name.startswith("secrets.") or (name in without_seed and not node.args)
+            assert not drawn, f"{path.relative_to(ROOT)}:{node.lineno}: {name} begins elsewhere in every run"
+    assert seeded > 10
+
+
+@pytest.mark.parametrize("time", ["first", "second"])
+def test_every_test_begins_at_the_seed(pytestconfig, time):
+    seed = pytestconfig.option.seed
+    assert random.random() == random.Random(seed).random()
+    assert np.random.random() == np.random.RandomState(seed).random_sample()
+    assert torch.rand(1) == torch.rand(1, generator=torch.Generator().manual_seed(seed))

@@ -34,7 +34,7 @@ pytest.importorskip("fastapi")
 
 from mono_internvl import image_processing_mono_internvl  # noqa: E402
 from mono_internvl.common.models import load_model  # noqa: E402
-from mono_internvl.serving import picture_sources  # noqa: E402
+from mono_internvl.serving import answer_line, picture_sources  # noqa: E402
 from mono_internvl.serving.answer_line import StopCut  # noqa: E402
 from mono_internvl.serving.check_server import picture_requests  # noqa: E402
 from mono_internvl.serving.check_vllm import mixed_requests, picture  # noqa: E402
@@ -278,25 +278,33 @@ def test_a_text_is_cut_at_the_first_stop_however_it_comes_in_pieces():
         assert cut.found is bool(found)
 
 
-def test_sampling_is_asked_for_and_a_seed_repeats_it(server):
+def test_sampling_is_asked_for_and_a_seed_repeats_it(server, monkeypatch):
     greedy = server.text("Describe a red circle.", max_tokens=24)
     for options in ({"temperature": 0}, {"temperature": 0, "top_p": 0.5}, {"top_p": 1}, {"seed": 5}):
         assert server.text("Describe a red circle.", max_tokens=24, **options) == greedy
 
-    def sampled(seed):
+    def sampled(**seed):
         return server.text("Describe a red circle.", max_tokens=24, temperature=2, **seed)
 
-    alone = [sampled({"seed": seed}) for seed in range(8)]
+    alone = [sampled(seed=seed) for seed in range(8)]
     with ThreadPoolExecutor(8) as pool:
-        assert list(pool.map(lambda seed: sampled({"seed": seed}), range(8))) == alone
+        assert list(pool.map(lambda seed: sampled(seed=seed), range(8))) == alone
     assert len(set(alone)) > 4
-    # A seed of one request does not decide what the next one without any gets.
-    after = []
-    for _ in range(2):
-        sampled({"seed": 1})
-        after.append(sampled({}))
-    assert after[0] != after[1]
-    assert len({server.text("Hello.", top_p=0.999, max_tokens=8) for _ in range(2)}) >= 1
+    # A top_p below 1 asks for sampling too.
+    question = "What colour is the circle?"
+    assert len({server.text(question, max_tokens=24, top_p=0.9999, seed=seed) for seed in range(32)}) > 1
+    # A seed of one request does not decide what the next one without any gets: that draws one of its own.
+    drawn = []
+
+    def draw(bits):
+        assert bits == 63
+        return drawn.pop()
+
+    monkeypatch.setattr(answer_line.secrets, "randbits", draw)
+    for seed, answer in enumerate(alone):
+        sampled(seed=1)
+        drawn.append(seed)
+        assert sampled() == answer and not drawn
 
 
 def test_grounding_tags_stay_where_they_are_asked_for(processor):
