@@ -8,7 +8,7 @@ import pytest
 import torch
 import yaml
 from PIL import Image
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from transformers import CLIPConfig, CLIPModel, TrainingArguments
 
 from helpers_cli import run
@@ -23,7 +23,7 @@ from mono_internvl.training.checkpoints import checkpoints
 from mono_internvl.training.groups import train_only
 from mono_internvl.training.run import run_stage
 from mono_internvl.training.stages import EXPAND_OPTIONS, load_stage, read_group_rates, recipe_names
-from mono_internvl.training.trainer import EViPTrainer
+from mono_internvl.training.trainer import Distilling, EViPTrainer
 
 
 SMALL = {"tile_size": 56, "vision_hidden_size": 16}
@@ -257,6 +257,23 @@ def test_a_rate_is_what_its_group_learns_with(tmp_path, recipe, folder):
     assert any(line.split()[0] == "text" and line.endswith("trains") for line in lines)
 
 
+@pytest.mark.parametrize("limit", [0, 1e-4])
+def test_the_gradients_of_a_trained_projection_are_clipped_too(tmp_path, recipe, teacher, limit, monkeypatch):
+    norms, end_step = [], Distilling.on_optimizer_step
+
+    def note_norm(self, *args, **kwargs):
+        gradients = [parameter.grad for parameter in self.trainer.distiller.parameters]
+        norms.append(torch.nn.utils.get_total_norm(gradients).item())
+        return end_step(self, *args, **kwargs)
+
+    monkeypatch.setattr(Distilling, "on_optimizer_step", note_norm)
+    distillation = {"teacher": str(teacher), "projection": "trained"}
+    run_stage(recipe(steps=2, max_grad_norm=limit, distillation=distillation), runs=tmp_path)
+    assert len(norms) == 2
+    for norm in norms:
+        assert norm == pytest.approx(limit, rel=0.02) if limit else norm > 1e-3
+
+
 def test_killed_and_resumed_with_rates_and_a_teacher(tmp_path, recipe, teacher):
     path = recipe(
         **{"steps": 8, "save_steps": 2, "keep_checkpoints": 3, "query_placement": "question"},
@@ -270,6 +287,23 @@ def test_killed_and_resumed_with_rates_and_a_teacher(tmp_path, recipe, teacher):
     a, b = load_file(whole / "model.safetensors"), load_file(resumed / "model.safetensors")
     assert a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in a)
     assert load_config(str(resumed)).query_placement == "question"
+
+
+def retrained_teacher(teacher, folder):
+    """One of the same shapes; weights and nothing else are others."""
+    shutil.copytree(teacher, folder)
+    weights = load_file(folder / "model.safetensors")
+    weights = {name: tensor + 1e-3 if tensor.ndim == 2 else tensor for name, tensor in weights.items()}
+    save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
+    return folder
+
+
+def test_a_run_without_a_teacher_does_not_go_on_with_one(tmp_path, recipe, teacher):
+    run_stage(recipe(steps=2, save_steps=1), runs=tmp_path)
+    shutil.rmtree(tmp_path / "stage" / "checkpoint-2")
+    with pytest.raises(ValueError, match="is of a run with no distillation: go on"):
+        path = recipe(steps=2, save_steps=1, distillation={"teacher": str(teacher)})
+        run_stage(path, runs=tmp_path, resume=True)
 
 
 @pytest.mark.parametrize("projection", ["random", "trained"])
@@ -289,10 +323,20 @@ def test_resumed_in_the_middle_it_is_the_run_that_it_was(tmp_path, recipe, teach
     run_stage(path, runs=runs)
     whole, log = finished()
     assert len(log) == 4 and len(whole) == (1 if projection == "random" else 2)
-    other = {**distillation, "projection": "random" if projection == "trained" else "trained"}
-    for changed in (other, None) if projection == "trained" else (other,):
-        with pytest.raises(ValueError, match=f"is of a run with {'no' if projection == 'random' else 'a'} trained"):
+    other = "random" if projection == "trained" else "trained"
+    retrained = retrained_teacher(teacher, tmp_path / "retrained")
+    for changed, message in (
+        ({**distillation, "projection": other}, f"projection {projection}, not {other}: go on"),
+        ({**distillation, "seed": 1}, "seed 0, not 1: go on"),
+        (None, "is of a run with distillation from .*, and the recipe has none"),
+        ({**distillation, "teacher": str(retrained)}, "another teacher: .* had other weights than .*retrained"),
+    ):
+        with pytest.raises(ValueError, match=message):
             run_stage(recipe(steps=4, save_steps=2, distillation=changed), runs=runs, resume=True)
+    # The same teacher in another folder is the same.
+    moved = {**distillation, "teacher": str(shutil.copytree(teacher, tmp_path / "moved"))}
+    run_stage(recipe(steps=4, save_steps=2, distillation=moved), runs=runs, resume=True)
+    assert finished()[1] == log
     run_stage(recipe(steps=4, save_steps=2, distillation=distillation), runs=runs, resume=True)
     again, log_again = finished()
     assert log_again == log

@@ -11,9 +11,10 @@ transformers loads, in float32 (CLIP overflows in less), and never a part of the
 """
 
 import contextlib
+import hashlib
 import itertools
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -25,14 +26,15 @@ from torch.nn import functional as F
 from transformers import AutoConfig, AutoModel
 from transformers.image_processing_base import ImageProcessingMixin
 
+from ..common.files import read_json, write_json
 from ..common.models import HUB_ID
 from ..configuration_mono_internvl import MonoInternVLConfig
 from ..image_processing_mono_internvl import unpatchify
 
 
 PROJECTIONS = ("random", "trained")
-# Of a checkpoint, beside the model's own files.
-FILE = "distillation.safetensors"
+# Of a checkpoint, beside the model's own files: a trained projection, and what the queries learnt from.
+FILE, RECORD = "distillation.safetensors", "distillation.json"
 
 
 @dataclass(frozen=True)
@@ -136,7 +138,9 @@ class Teacher:
         self.side = config.image_size // config.patch_size
         self.mean = torch.tensor(settings["image_mean"], device=device).view(3, 1, 1)
         self.std = torch.tensor(settings["image_std"], device=device).view(3, 1, 1)
-        self._try(name, {key: parameter for key, parameter in model.named_parameters() if key in info["missing_keys"]})
+        drawn = {key: parameter for key, parameter in model.named_parameters() if key in info["missing_keys"]}
+        self._try(name, drawn)
+        self.digest = _digest(self.tower, drawn.values())
 
     def _try(self, name: str, drawn: Mapping[str, nn.Parameter]) -> None:
         """Look at one picture, before a run finds out; `drawn`: weights that the folder lacks, as it may those of a
@@ -244,8 +248,20 @@ class Distiller:
 
     # ---- checkpoints
 
+    @property
+    def record(self) -> dict[str, Any]:
+        """What a run that goes on has to find as it was, or its queries would turn to other targets half-way."""
+        options = self.options
+        return {
+            "teacher": options.teacher,
+            "teacher_sha256": self.teacher.digest,
+            "projection": options.projection,
+            "seed": options.seed,
+        }
+
     def save(self, folder: str | os.PathLike) -> None:
-        """Write what trains beside the model into a checkpoint's folder."""
+        """Write what the queries learn from, and what trains beside the model, into a checkpoint's folder."""
+        write_json(Path(folder) / RECORD, self.record)
         if self.parameters:
             tensors = {
                 name: tensor.detach().cpu().contiguous() for name, tensor in self.projection.state_dict().items()
@@ -253,19 +269,35 @@ class Distiller:
             save_file(tensors, Path(folder) / FILE)
 
     def load(self, folder: str | os.PathLike) -> None:
-        """Read it back.
-
-        Raises:
-            ValueError: it is of another teacher's width.
-        """
+        """Read back what trains beside the model."""
         if self.parameters:
-            try:
-                self.projection.load_state_dict(load_file(Path(folder) / FILE))
-            except RuntimeError as error:
-                raise ValueError(
-                    f"{Path(folder) / FILE} does not fit the teacher {self.options.teacher}: go on with the recipe as "
-                    "it was, or remove the folder"
-                ) from error
+            self.projection.load_state_dict(load_file(Path(folder) / FILE))
+
+
+def check_same_targets(distiller: Distiller | None, checkpoint: Path) -> None:
+    """A run goes on with the targets that it had: the same teacher, wherever it lies, and the same projection.
+
+    Raises:
+        ValueError: it would not; what is another.
+    """
+    path = checkpoint / RECORD
+    was = read_json(path) if path.is_file() else {}
+    now = {} if distiller is None else distiller.record
+    other = None
+    if not was and now:
+        other = "no distillation"
+    elif was and not now:
+        other = f"distillation from {was['teacher']}, and the recipe has none"
+    elif was and was["teacher_sha256"] != now["teacher_sha256"]:
+        other = f"another teacher: {was['teacher']} had other weights than {now['teacher']}"
+    elif was:
+        changed = [f"{key} {was[key]}, not {now[key]}" for key in ("projection", "seed") if was[key] != now[key]]
+        other = " and ".join(changed)
+    if other:
+        raise ValueError(
+            f"distillation: {checkpoint} is of a run with {other}: go on with the recipe as it was, or remove the "
+            "folder"
+        )
 
 
 def read_distillation(values: Mapping[str, Any]) -> Distillation:
@@ -290,3 +322,14 @@ def read_distillation(values: Mapping[str, Any]) -> Distillation:
 def _is_color(value: Any) -> bool:
     """Whether it is three numbers, one a channel."""
     return isinstance(value, (list, tuple)) and [isinstance(one, (int, float)) for one in value] == [True] * 3
+
+
+def _digest(tower: nn.Module, drawn: Iterable[nn.Parameter]) -> str:
+    """sha256 of a teacher's weights, less those that its folder lacked; every process draws them otherwise."""
+    left_out = {id(parameter) for parameter in drawn}
+    found = hashlib.sha256()
+    for name, parameter in tower.named_parameters():
+        if id(parameter) not in left_out:
+            found.update(name.encode())
+            found.update(parameter.detach().cpu().contiguous().numpy().tobytes())
+    return found.hexdigest()

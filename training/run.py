@@ -24,7 +24,7 @@ from ..tiling_mono_internvl import count_tiles
 from ..training_mono_internvl import make_drop_path
 from .backend import Backend, choose_backend
 from .checkpoints import checkpoints
-from .distillation import FILE, Distiller, find_teacher, read_distillation
+from .distillation import Distiller, check_same_targets, find_teacher, read_distillation
 from .groups import count_parameters, linear_modules, train_only
 from .loading import Batches, Conversations, Key, UnitBatches, mixture, one_pass, packed
 from .sources import Source, open_sources
@@ -151,32 +151,28 @@ def _distiller(
     """What the stage's queries learn from, as it was in the checkpoint.
 
     Raises:
-        ValueError: the checkpoint's projection was trained and that of the recipe is not, or the other way round; or no
-            tile shows a picture of several whole.
+        ValueError: the checkpoint is of a run with other targets; or no tile shows a picture of several whole.
     """
-    options = None if stage.distillation is None else read_distillation(stage.distillation)
-    trains = options is not None and options.projection == "trained"
-    if checkpoint is not None and trains != (checkpoint / FILE).is_file():
-        was, now = ("a", "no") if not trains else ("no", "a")
-        raise ValueError(
-            f"distillation: {checkpoint} is of a run with {was} trained projection, and the recipe has {now} such: go "
-            "on with the recipe as it was, or remove the folder"
-        )
-    if options is None:
-        return None
-    if options.projection == "trained" and processes > 1:
-        # It is no part of the model, whose gradients DDP, FSDP and ZeRO add up.
-        raise ValueError(f"distillation: projection trained is for one process, not {processes}; random goes with all")
-    if stage.max_tiles > 1 and not processor.image_processor.use_thumbnail:
-        raise ValueError(
-            "distillation: the teacher sees the thumbnail, and the processor makes none (use_thumbnail): give "
-            "max_tiles 1, or a processor that does"
-        )
-    if not isinstance(model, MonoInternVLForCausalLM):
-        raise ValueError("distillation: a dense language model has no learnable queries")
-    distiller = Distiller(options, model.config, PartialState().device)
+    distiller = None
+    if stage.distillation is not None:
+        options = read_distillation(stage.distillation)
+        if options.projection == "trained" and processes > 1:
+            # It is no part of the model, whose gradients DDP, FSDP and ZeRO add up.
+            raise ValueError(
+                f"distillation: projection trained is for one process, not {processes}; random goes with all"
+            )
+        if stage.max_tiles > 1 and not processor.image_processor.use_thumbnail:
+            raise ValueError(
+                "distillation: the teacher sees the thumbnail, and the processor makes none (use_thumbnail): give "
+                "max_tiles 1, or a processor that does"
+            )
+        if not isinstance(model, MonoInternVLForCausalLM):
+            raise ValueError("distillation: a dense language model has no learnable queries")
+        distiller = Distiller(options, model.config, PartialState().device)
     if checkpoint is not None:
-        distiller.load(checkpoint)
+        check_same_targets(distiller, checkpoint)
+        if distiller is not None:
+            distiller.load(checkpoint)
     return distiller
 
 

@@ -217,6 +217,12 @@ class Distilling(TrainerCallback):
         # A resumed run has logged its first steps already.
         self.trainer._logged_step = state.global_step
 
+    def on_pre_optimizer_step(self, args, state, control, **kwargs):  # type: ignore[no-untyped-def]
+        # By a norm of its own: the model's gradients are clipped by then, and count as without a teacher.
+        assert self.trainer.distiller is not None
+        if args.max_grad_norm and self.trainer.distiller.parameters:
+            torch.nn.utils.clip_grad_norm_(self.trainer.distiller.parameters, args.max_grad_norm)
+
     def on_optimizer_step(self, args, state, control, **kwargs):  # type: ignore[no-untyped-def]
         # `Trainer` lets go of the gradients of the model, not of all that the optimiser has.
         assert self.trainer.distiller is not None
