@@ -95,7 +95,7 @@ class Variant:
         steps: of BATCH samples each.
         expand: options of `expand_checkpoint`.
         shares: visual tokens go through the language model's own FFN.
-        distils: the queries learn from the teacher (`training.teacher`), with weight 1.
+        distils: weight of what the queries learn from the teacher (`training.teacher`); 0 without one.
         points: how often vision is measured on the way, the end included.
         pictures: to measure it with.
     """
@@ -105,7 +105,7 @@ class Variant:
     steps: int = LONG
     expand: Mapping[str, Any] = field(default_factory=dict)
     shares: bool = False
-    distils: bool = False
+    distils: float = 0.0
     points: int = 5
     pictures: int = 900
 
@@ -128,9 +128,10 @@ VARIANTS: dict[str, Variant] = {
     "experts-qkv": Variant(BY_EXPERTS, expand=QKV),
     "experts-qkvo": Variant(BY_EXPERTS, expand=QKVO),
     "queries": Variant(BY_QUERIES, expand=QUERIES),
-    "queries-distilled": Variant(BY_QUERIES, expand=QUERIES, distils=True),
+    "queries-distilled": Variant(BY_QUERIES, expand=QUERIES, distils=1.0),
+    "queries-distilled-lightly": Variant(BY_QUERIES, expand=QUERIES, distils=0.1),
     "queries-distilled-gates": Variant(
-        (*BY_QUERIES, "expert_gates"), expand={**QUERIES, "expert_gates": True}, distils=True
+        (*BY_QUERIES, "expert_gates"), expand={**QUERIES, "expert_gates": True}, distils=1.0
     ),
     "third": Variant(VISUAL, steps=THIRD, points=1),
     "third-qkv": Variant(BY_EXPERTS, steps=THIRD, expand=QKV, points=1),
@@ -142,7 +143,7 @@ TABLES = {
     "full-or-delta": ("full-plain", "full-experts", "delta", "delta-qkv"),
     "alignment": ("delta", "align-frozen", "align-attention"),
     "experts": ("no-experts", "experts", "experts-qkv", "experts-qkvo"),
-    "queries": ("experts", "queries", "queries-distilled", "queries-distilled-gates"),
+    "queries": ("experts", "queries", "queries-distilled", "queries-distilled-lightly", "queries-distilled-gates"),
     "data": ("third", "third-qkv", "v1", "v1-third", "v1.5-third"),
 }
 ASKED = {"shape": 1.0, "color": 1.0, "position": 1.0}
@@ -296,7 +297,8 @@ def run(name: str, seed: int, results: Path, work: Path) -> dict[str, Any]:
         with FileLock(work / "teacher.lock"):
             if not (work / "teacher").is_dir():
                 make_teacher(work / "teacher")
-        more["distiller"] = Distiller(Distillation(str(work / "teacher")), model.config, model.device)
+        distillation = Distillation(str(work / "teacher"), weight=variant.distils)
+        more["distiller"] = Distiller(distillation, model.config, model.device)
     measured = Measured(variant.points, processor, variant.pictures)
     text_before = text_perplexity(model, processor)
     begin, cpu = time.monotonic(), time.process_time()
