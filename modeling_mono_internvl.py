@@ -573,8 +573,9 @@ class MonoInternVLForCausalLM(
 
     _tied_weights_keys = {"lm_head.weight": "model.language_model.embed_tokens.weight"}
     _tp_plan = {"lm_head": "colwise_gather_output"}
-    # Not quantised: few weights, through which every visual token comes in and every token goes out.
-    _unquantized_modules = ["model.vision_embeddings", "model.multi_modal_projector", "lm_head"]
+    # Not quantised: few weights, through which every visual token comes in and every token goes out. A name, or, as
+    # torchao compares parameters and bitsandbytes modules, an expression from the name's start.
+    _unquantized_modules = ["model.vision_embeddings", "model.multi_modal_projector", r".*\.output_gate", "lm_head"]
 
     def __init__(self, config: MonoInternVLConfig, **unknown: Any):
         refuse_unknown(f"{type(self).__name__}.from_pretrained", unknown)

@@ -7,7 +7,7 @@ import torch
 from transformers import BitsAndBytesConfig, TorchAoConfig
 from transformers.integrations.executorch import TorchExportableModuleWithStaticCache
 
-from conftest import ROOT, golden, tiny_model
+from conftest import IMAGE, ROOT, golden, tiles, tiny_model
 from mono_internvl import MonoInternVLForCausalLM
 
 
@@ -125,6 +125,23 @@ def test_both_layouts_quantise_to_the_same(way, tmp_path):
     ids = torch.randint(0, 390, (1, 30), generator=torch.Generator().manual_seed(0))
     logits = [model(input_ids=ids).logits for model in (first, second, exact)]
     assert torch.equal(logits[0], logits[1]) and not torch.equal(logits[0], logits[2])
+
+
+@pytest.mark.parametrize("way", WAYS)
+def test_gates_and_queries_stay_as_they_are(way, tmp_path):
+    sizes = {"num_learnable_queries": 5, "query_grids": [2, 1], "query_token_id": 118}
+    # bitsandbytes packs whole blocks of 64 on a CPU.
+    exact = tiny_model(text_config={"expert_gates": True, "intermediate_size": 128}, **sizes).to(torch.bfloat16)
+    exact.save_pretrained(tmp_path)
+    model = MonoInternVLForCausalLM.from_pretrained(tmp_path, dtype=torch.bfloat16, quantization_config=way()).eval()
+    gates = {name for name, _ in exact.named_modules() if name.endswith("output_gate")}
+    projector = {f"model.multi_modal_projector.linear_{i}" for i in (1, 2)}
+    assert len(gates) == 6 and plain_linears(model) == {"lm_head", *projector, *gates}
+    assert torch.equal(model.model.learnable_queries.weight, exact.model.learnable_queries.weight)
+    ids = torch.tensor([[1, 7, 111, *[IMAGE] * 4, 112, *[118] * 5, 9, 15, 4]])
+    with torch.no_grad():
+        want, found = (one(input_ids=ids, pixel_values=tiles(1).bfloat16()).logits.flatten() for one in (exact, model))
+    assert not torch.equal(found, want) and torch.cosine_similarity(found.float(), want.float(), dim=0) > 0.85
 
 
 @pytest.mark.gpu
