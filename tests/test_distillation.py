@@ -204,7 +204,6 @@ def test_a_trained_projection_is_optimised_and_kept_in_checkpoints_alone(clip, t
     assert frozen.parameters == []
     frozen.save(tmp_path)
     assert not (tmp_path / "distillation.safetensors").exists()
-    assert json.loads((tmp_path / "distillation.json").read_text())["projection"] == "random"
 
 
 @pytest.mark.parametrize(

@@ -3,6 +3,7 @@
 import json
 import os
 import random
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -843,6 +844,27 @@ def test_killed_and_resumed_gives_the_same_losses_and_weights(tmp_path, folder, 
     a, b = load_file(whole / "model.safetensors"), load_file(resumed / "model.safetensors")
     assert all(torch.equal(a[name], b[name]) for name in a)
     assert "pass --resume" in error_of(run_stage, path, runs=tmp_path / "killed")
+
+
+def test_a_resumed_run_says_what_it_does_otherwise(tmp_path, folder, data):
+    """A rate or an order of the samples that changed on the way must not be a secret."""
+    runs, lines = tmp_path / "runs", []
+
+    def go_on(**changes):
+        shutil.rmtree(runs / "stage" / "checkpoint-4", ignore_errors=True)
+        path, lines[:] = recipe(tmp_path, folder, data, save_steps=2, **changes), []
+        run_stage(path, runs=runs, resume=True, write=lines.append)
+        return [line.strip() for line in lines if "checkpoint-2" in line or "passes over" in line]
+
+    assert go_on() == go_on() == []
+    assert go_on(learning_rate=5e-4) == ["learning_rate was 0.001 up to checkpoint-2; from there it is 0.0005"]
+    told = go_on(batch_size=2, seed=1)
+    assert told[:2] == [
+        "batch_size was 4 up to checkpoint-2; from there it is 2",
+        "seed was 0 up to checkpoint-2; from there it is 1",
+    ]
+    assert told[2].startswith("with another batch_size, seed the samples that it passes over are not those")
+    assert not (runs / "stage" / "model" / "recipe.json").exists()
 
 
 def test_a_full_disk_leaves_the_checkpoint_before(tmp_path, folder, data, monkeypatch):

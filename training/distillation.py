@@ -26,7 +26,7 @@ from torch.nn import functional as F
 from transformers import AutoConfig, AutoModel
 from transformers.image_processing_base import ImageProcessingMixin
 
-from ..common.files import read_json, write_json
+from ..common.files import read_json
 from ..common.models import HUB_ID
 from ..configuration_mono_internvl import MonoInternVLConfig
 from ..image_processing_mono_internvl import unpatchify
@@ -260,8 +260,7 @@ class Distiller:
         }
 
     def save(self, folder: str | os.PathLike) -> None:
-        """Write what the queries learn from, and what trains beside the model, into a checkpoint's folder."""
-        write_json(Path(folder) / RECORD, self.record)
+        """Write what trains beside the model into a checkpoint's folder."""
         if self.parameters:
             tensors = {
                 name: tensor.detach().cpu().contiguous() for name, tensor in self.projection.state_dict().items()
@@ -328,8 +327,8 @@ def _digest(tower: nn.Module, drawn: Iterable[nn.Parameter]) -> str:
     """sha256 of a teacher's weights, less those that its folder lacked; every process draws them otherwise."""
     left_out = {id(parameter) for parameter in drawn}
     found = hashlib.sha256()
-    for name, parameter in tower.named_parameters():
+    for parameter in tower.parameters():
         if id(parameter) not in left_out:
-            found.update(name.encode())
-            found.update(parameter.detach().cpu().contiguous().numpy().tobytes())
+            values: Any = parameter.detach().cpu().reshape(-1).numpy()
+            found.update(values)
     return found.hexdigest()

@@ -5,6 +5,7 @@ import logging
 import math
 import shutil
 from collections.abc import Callable, Iterator, Mapping
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +25,7 @@ from ..tiling_mono_internvl import count_tiles
 from ..training_mono_internvl import make_drop_path
 from .backend import Backend, choose_backend
 from .checkpoints import checkpoints
-from .distillation import Distiller, check_same_targets, find_teacher, read_distillation
+from .distillation import RECORD, Distiller, check_same_targets, find_teacher, read_distillation
 from .groups import count_parameters, linear_modules, train_only
 from .loading import Batches, Conversations, Key, UnitBatches, mixture, one_pass, packed
 from .sources import Source, open_sources
@@ -35,6 +36,10 @@ from .trainer import EViPTrainer, Progress
 logger = logging.getLogger(__name__)
 
 ROOT = Path(__file__).resolve().parent.parent
+# Of a checkpoint: the recipe, as its run had it.
+RECIPE_RECORD = "recipe.json"
+# By these it is known which samples a run has seen.
+COUNTED = ("data", "epochs", "batch_size", "packing", "max_length", "max_tiles", "seed")
 # Keys of a recipe's `data` that draw instead of reading files.
 PLATE_OPTIONS = (
     "plate_world",
@@ -115,6 +120,9 @@ def run_stage(
     tell(f"  {backend}")
 
     distiller = _distiller(stage, model, processor, kept[-1] if kept else None, world_size)
+    for line in describe_changes(stage, kept[-1]) if kept else ():
+        tell(line)
+    records = {RECIPE_RECORD: asdict(stage), **({} if distiller is None else {RECORD: distiller.record})}
     trainer = make_trainer(
         stage,
         trained,
@@ -128,6 +136,7 @@ def run_stage(
         callbacks=[Progress(tell)],
         distiller=distiller,
         group_rates=read_group_rates(stage),
+        records=records,
     )
     trainer.train(resume_from_checkpoint=str(kept[-1]) if kept else None)
     read, bad = trainer.count_samples()
@@ -233,6 +242,18 @@ def describe(
         f"at most {stage.batch_size * stage.max_length:,} tokens a step "
         f"({stage.max_length:,} a {kind[:-1]}, {limit:,} of a picture)"
     )
+
+
+def describe_changes(stage: Stage, checkpoint: Path) -> Iterator[str]:
+    """What a run that goes on does otherwise than the one that wrote the checkpoint."""
+    path = checkpoint / RECIPE_RECORD
+    was = read_json(path) if path.is_file() else {}
+    now = json.loads(json.dumps(asdict(stage)))
+    changed = [key for key in now if key in was and was[key] != now[key]]
+    for key in changed:
+        yield f"  {key} was {was[key]} up to {checkpoint.name}; from there it is {now[key]}"
+    if counted := [key for key in COUNTED if key in changed]:
+        yield f"  with another {', '.join(counted)} the samples that it passes over are not those that it has seen"
 
 
 # ------------------------------------------------------------------------------------------------------------ start

@@ -3,6 +3,7 @@
 import logging
 import time
 from collections.abc import Callable, Mapping
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -11,6 +12,7 @@ from torch.utils.data import DataLoader
 from transformers import PrinterCallback, TrainerCallback
 
 from ..common.compiling import compile_layers, uncompile_layers
+from ..common.files import write_json
 from ..modeling_mono_internvl import MonoInternVLModel
 from .checkpoints import WholeCheckpoints
 from .data import IGNORED
@@ -57,6 +59,7 @@ class EViPTrainer(WholeCheckpoints):
         compiles: compile each decoder layer for as long as it trains.
         distiller: what the learnable queries learn from, if they do.
         group_rates: group of parameters -> its learning rate instead of that of `args`.
+        records: name of a file -> what each checkpoint keeps in it, as JSON.
     """
 
     def __init__(
@@ -69,12 +72,13 @@ class EViPTrainer(WholeCheckpoints):
         compiles: bool = False,
         distiller: Distiller | None = None,
         group_rates: Mapping[str, float] | None = None,
+        records: Mapping[str, Any] | None = None,
         **kwargs: Any,
     ):
         self.micro_batches, self.max_bad_share = micro_batches, max_bad_share
         self.samples_read, self.bad_samples, self.waited = 0, 0, 0.0
         self.distiller, self._blocks = distiller, 1
-        self.group_rates = dict(group_rates or {})
+        self.group_rates, self.records = dict(group_rates or {}), dict(records or {})
         self._distilled, self._logged_step = torch.zeros(()), 0
         super().__init__(train_dataset=conversations, data_collator=batches, **kwargs)
         # Progress tells what is logged; this one prints it once more, to stdout.
@@ -153,10 +157,14 @@ class EViPTrainer(WholeCheckpoints):
         return optimizer
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
-        """As in transformers; a checkpoint, not a finished model, also holds what the distiller trains."""
+        """As in transformers; a checkpoint, not a finished model, also holds records and what the distiller trains."""
         super().save_model(output_dir, _internal_call)
-        if _internal_call and self.distiller is not None and self.is_world_process_zero():
-            self.distiller.save(output_dir or self.args.output_dir or ".")
+        if _internal_call and self.is_world_process_zero():
+            folder = Path(output_dir or self.args.output_dir or ".")
+            for name, values in self.records.items():
+                write_json(folder / name, values)
+            if self.distiller is not None:
+                self.distiller.save(folder)
 
     def compute_loss(
         self,
