@@ -1,4 +1,4 @@
-"""Draws what two runs lost while they learnt, and what their checkpoints got right of the validation part:
+"""Draws what runs lost while they learnt, and what their checkpoints got right of the validation part:
 
     python examples/easy_vqa/curves.py runs examples/easy_vqa/curves.png
 
@@ -15,7 +15,11 @@ from mono_internvl.common.files import read_json, written_whole
 from mono_internvl.training.curves import losses
 
 
-RUNS = {"easy_vqa": "full tuning", "easy_vqa_lora": "LoRA on the visual experts"}
+RUNS = {
+    "easy_vqa": "full tuning",
+    "easy_vqa_lora": "LoRA on the visual experts",
+    "easy_vqa_lora_all": "LoRA on all of the decoder",
+}
 
 
 def accuracies(folder: Path) -> list[tuple[int, float]]:
