@@ -17,7 +17,9 @@ import subprocess
 import sys
 import threading
 import time
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from typing import Any
 
 import pytest
 from PIL import Image
@@ -59,6 +61,14 @@ def user(*parts) -> dict:
     return {"role": "user", "content": [{"type": "text", "text": p} if isinstance(p, str) else p for p in parts]}
 
 
+def wait_until_equal(value: Callable[[], Any], wanted: Any, seconds: float = 20) -> None:
+    """For what a server does beside its replies: a reply may be read before the server is done with its request."""
+    end = time.monotonic() + seconds
+    while (found := value()) != wanted:
+        assert time.monotonic() < end, f"{found} is not {wanted}"
+        time.sleep(0.01)
+
+
 class Served:
     """A server that runs in a thread of this process, and how to ask it."""
 
@@ -81,14 +91,8 @@ class Served:
         options = {"headers": {"content-type": "application/json"}, **options}
         return httpx.post(self.address + path, **content, **options, timeout=60)
 
-    def open_requests(self) -> int:
-        return httpx.get(f"{self.address}/health", timeout=5).json()["open"]
-
-    def wait_until_open(self, count: int, seconds: float = 20) -> None:
-        end = time.monotonic() + seconds
-        while self.open_requests() != count:
-            assert time.monotonic() < end, f"{self.open_requests()} requests are open, not {count}"
-            time.sleep(0.01)
+    def wait_until_open(self, count: int) -> None:
+        wait_until_equal(lambda: httpx.get(f"{self.address}/health", timeout=5).json()["open"], count)
 
 
 @contextlib.contextmanager
@@ -469,7 +473,7 @@ def test_a_stream_that_is_closed_frees_its_place(gated):
     gated.gate.open.set()
     stream = gated.ask("Hello.", stream=True, max_tokens=450)
     next(iter(stream))
-    assert gated.open_requests() == 1
+    gated.wait_until_open(1)
     stream.close()
     gated.wait_until_open(0)
     steps = gated.gate.steps
@@ -574,7 +578,7 @@ def test_a_broken_request_is_a_400_that_says_why(server, stream):
         error = found.json()["error"]
         assert message in error["message"] and error["type"] == "invalid_request_error", (body, error)
         assert "\n" not in error["message"] and len(error["message"]) < 700
-    assert server.open_requests() == 0
+    server.wait_until_open(0)
     assert server.text("Hello.") == "i am the mono-internvl nano."
 
 
@@ -671,7 +675,7 @@ def test_the_bytes_of_all_open_requests_have_a_limit(gated):
     guard._held -= 155_000
     gated.gate.open.set()
     assert gated.post(body).status_code == 200
-    assert guard._held == 0
+    wait_until_equal(lambda: guard._held, 0)
 
 
 def test_what_fails_in_the_server_is_said_and_it_lives_on(processor, monkeypatch, caplog):
@@ -703,7 +707,7 @@ def test_what_fails_in_the_server_is_said_and_it_lives_on(processor, monkeypatch
         with pytest.raises(openai.APIError, match="broke off"):
             running.stream("Hello.", max_tokens=10)
         failing.update({"with": None})
-        assert running.open_requests() == 0
+        running.wait_until_open(0)
         assert running.ask("Hello.", max_tokens=10).usage.completion_tokens > 0
 
 

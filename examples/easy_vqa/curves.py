@@ -50,7 +50,8 @@ def main(runs: Path, picture: Path, floor: float = 67.0) -> None:
     right.axhline(floor, color="0.5", linestyle="--", linewidth=1, label="the question alone")
     for axes in (left, right):
         axes.grid(alpha=0.3)
-        axes.legend(fontsize="small")
+    left.legend(fontsize="small")
+    right.legend(fontsize="small", loc="center right", bbox_to_anchor=(1.0, 0.62))
     with written_whole(picture) as temporary:
         figure.savefig(temporary, format=picture.suffix.removeprefix(".") or "png")
 
