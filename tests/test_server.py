@@ -104,8 +104,7 @@ def served(model, processor, sources=None, **options):
     thread = threading.Thread(target=server.run, kwargs={"sockets": [bound]})
     thread.start()
     try:
-        while not server.started:
-            time.sleep(0.01)
+        wait_until_equal(lambda: server.started, True)
         yield Served(app, bound.getsockname()[1])
     finally:
         server.should_exit = True
@@ -967,8 +966,7 @@ def test_the_command_serves_the_nano_and_sigterm_lets_running_answers_finish():
                 for _ in range(3)
             ]
             health = address.replace("/v1", "/health")
-            while httpx.get(health).json()["open"] < 3:
-                time.sleep(0.01)
+            wait_until_equal(lambda: httpx.get(health).json()["open"] >= 3, True)
             process.send_signal(signal.SIGTERM)
             answers = [one.result().choices[0] for one in waiting]
         pieces = [chunk.choices[0] for chunk in streams[0]]

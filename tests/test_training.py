@@ -864,6 +864,11 @@ def test_a_resumed_run_says_what_it_does_otherwise(tmp_path, folder, data):
         "seed was 0 up to checkpoint-2; from there it is 1",
     ]
     assert told[2].startswith("with another batch_size, seed the samples that it passes over are not those")
+    # How long a sample may be decides what is in a pack, and nothing where each is a unit of its own.
+    longer = "max_length was 160 up to checkpoint-2; from there it is 170"
+    assert [line.partition(" the samples")[0] for line in go_on(max_length=170)] == [longer, "with another max_length"]
+    alone = [*go_on(packing=False), *go_on(packing=False, max_length=170)]
+    assert alone[1].startswith("with another packing the") and alone[-1].startswith("with another packing the")
     assert not (runs / "stage" / "model" / "recipe.json").exists()
 
 

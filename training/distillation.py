@@ -14,8 +14,9 @@ import contextlib
 import hashlib
 import itertools
 import os
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -140,7 +141,17 @@ class Teacher:
         self.std = torch.tensor(settings["image_std"], device=device).view(3, 1, 1)
         drawn = {key: parameter for key, parameter in model.named_parameters() if key in info["missing_keys"]}
         self._try(name, drawn)
-        self.digest = _digest(self.tower, drawn.values())
+        left_out = {id(parameter) for parameter in drawn.values()}
+        self._given = [parameter for parameter in self.tower.parameters() if id(parameter) not in left_out]
+
+    @cached_property
+    def digest(self) -> str:
+        """sha256 of the tower's weights, less those that its folder lacked: every process draws them otherwise."""
+        found = hashlib.sha256()
+        for parameter in self._given:
+            values: Any = parameter.detach().cpu().reshape(-1).numpy()
+            found.update(values)
+        return found.hexdigest()
 
     def _try(self, name: str, drawn: Mapping[str, nn.Parameter]) -> None:
         """Look at one picture, before a run finds out; `drawn`: weights that the folder lacks, as it may those of a
@@ -321,14 +332,3 @@ def read_distillation(values: Mapping[str, Any]) -> Distillation:
 def _is_color(value: Any) -> bool:
     """Whether it is three numbers, one a channel."""
     return isinstance(value, (list, tuple)) and [isinstance(one, (int, float)) for one in value] == [True] * 3
-
-
-def _digest(tower: nn.Module, drawn: Iterable[nn.Parameter]) -> str:
-    """sha256 of a teacher's weights, less those that its folder lacked; every process draws them otherwise."""
-    left_out = {id(parameter) for parameter in drawn}
-    found = hashlib.sha256()
-    for parameter in tower.parameters():
-        if id(parameter) not in left_out:
-            values: Any = parameter.detach().cpu().reshape(-1).numpy()
-            found.update(values)
-    return found.hexdigest()

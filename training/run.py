@@ -38,8 +38,8 @@ logger = logging.getLogger(__name__)
 ROOT = Path(__file__).resolve().parent.parent
 # Of a checkpoint: the recipe, as its run had it.
 RECIPE_RECORD = "recipe.json"
-# By these it is known which samples a run has seen.
-COUNTED = ("data", "epochs", "batch_size", "packing", "max_length", "max_tiles", "seed")
+# By these it is known which samples a run has seen, and what is in its packs.
+COUNTED, PACKED = ("data", "epochs", "batch_size", "packing", "seed"), ("max_length", "max_tiles")
 # Keys of a recipe's `data` that draw instead of reading files.
 PLATE_OPTIONS = (
     "plate_world",
@@ -86,7 +86,8 @@ def run_stage(
     folder = Path(runs) / name
     output = Path(output) if output is not None else folder / "model"
     kept = checkpoints(folder)
-    if kept and not resume:
+    newest = kept[-1] if kept else None
+    if newest is not None and not resume:
         raise ValueError(f"{folder} holds checkpoints of an earlier run: pass --resume to go on, or remove them")
     if stage.distillation is not None:
         find_teacher(read_distillation(stage.distillation).teacher)
@@ -119,8 +120,8 @@ def run_stage(
         tell(line)
     tell(f"  {backend}")
 
-    distiller = _distiller(stage, model, processor, kept[-1] if kept else None, world_size)
-    for line in describe_changes(stage, kept[-1]) if kept else ():
+    distiller = _distiller(stage, model, processor, newest, world_size)
+    for line in describe_changes(stage, newest) if newest is not None else ():
         tell(line)
     records = {RECIPE_RECORD: asdict(stage), **({} if distiller is None else {RECORD: distiller.record})}
     trainer = make_trainer(
@@ -138,7 +139,7 @@ def run_stage(
         group_rates=read_group_rates(stage),
         records=records,
     )
-    trainer.train(resume_from_checkpoint=str(kept[-1]) if kept else None)
+    trainer.train(resume_from_checkpoint=str(newest) if newest is not None else None)
     read, bad = trainer.count_samples()
     if bad:
         tell(f"{bad} of {read} samples were left out; the log names them")
@@ -252,7 +253,8 @@ def describe_changes(stage: Stage, checkpoint: Path) -> Iterator[str]:
     changed = [key for key in now if key in was and was[key] != now[key]]
     for key in changed:
         yield f"  {key} was {was[key]} up to {checkpoint.name}; from there it is {now[key]}"
-    if counted := [key for key in COUNTED if key in changed]:
+    counts = (*COUNTED, *PACKED) if stage.packing else COUNTED
+    if counted := [key for key in counts if key in changed]:
         yield f"  with another {', '.join(counted)} the samples that it passes over are not those that it has seen"
 
 
